@@ -1,0 +1,1 @@
+"""Part under construction."""
