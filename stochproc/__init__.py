@@ -11,7 +11,7 @@ __version__ = "0.1.0.dev0"
 
 _PARTS = ("datasets", "exceptions", "gp", "kernels", "solvers")
 
-__all__ = ["__version__", *_PARTS]  # noqa: PLE0604
+__all__ = ["__version__", *_PARTS]
 
 
 def __getattr__(name: str) -> _ModuleType:

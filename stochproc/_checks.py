@@ -20,9 +20,7 @@ __all__ = [
 def check_positive(name: str, value: "Tensor | float | int", *, zero: bool = False) -> None:
     """Raise ValueError unless every entry of ``value`` is finite and positive (or zero, if ``zero``)."""
     if isinstance(value, Tensor):
-        good = bool((value >= 0).all() if zero else (value > 0).all()) and bool(
-            value.isfinite().all()
-        )
+        good = bool((value >= 0).all() if zero else (value > 0).all()) and bool(value.isfinite().all())
     else:
         good = math.isfinite(value) and (value >= 0 if zero else value > 0)
     if not good:
@@ -62,9 +60,7 @@ def check_same_kind(**tensors: "Tensor | None") -> None:
     check_floating(**tensors)
     present = {name: t for name, t in tensors.items() if t is not None}
     if len({t.dtype for t in present.values()}) > 1:
-        raise TypeError(
-            "mixed dtypes: " + ", ".join(f"{k} is {t.dtype}" for k, t in present.items()) + "."
-        )
+        raise TypeError("mixed dtypes: " + ", ".join(f"{k} is {t.dtype}" for k, t in present.items()) + ".")
     if len({t.device for t in present.values()}) > 1:
         raise TypeError(
             "mixed devices: " + ", ".join(f"{k} is on {t.device}" for k, t in present.items()) + "."
@@ -83,9 +79,5 @@ def check_finite(name: str, value: Tensor) -> None:
 
 def _show(value: "Tensor | float | int") -> str:
     if isinstance(value, Tensor):
-        return (
-            str(value.item())
-            if value.numel() == 1
-            else f"a tensor with smallest entry {value.min().item()}"
-        )
+        return str(value.item()) if value.numel() == 1 else f"a tensor with smallest entry {value.min().item()}"
     return str(value)

@@ -9,9 +9,7 @@ import torch
 __all__ = ["make_generator"]
 
 
-def make_generator(
-    random_state: Any = None, device: "torch.device | str" = "cpu"
-) -> torch.Generator:
+def make_generator(random_state: Any = None, device: "torch.device | str" = "cpu") -> torch.Generator:
     """Return a generator seeded by ``random_state``.
 
     Parameters
