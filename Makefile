@@ -20,6 +20,7 @@ lint: .venv/.stamp
 docs: .venv/.stamp
 	$(PY) -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	$(PY) -m sphinx -W --keep-going -q -D plot_gallery=0 -b doctest docs docs/_build/doctest
+	$(PY) -m doctest -o NORMALIZE_WHITESPACE -o ELLIPSIS README.md
 
 bench: .venv/.stamp
 	for script in benchmarks/bench_*.py; do $(PY) $$script || exit 1; done

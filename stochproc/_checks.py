@@ -1,6 +1,7 @@
 """Checks of arguments whose messages name the argument, what is allowed and what came."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,15 +19,23 @@ __all__ = [
 
 
 def check_positive(name: str, value: "Tensor | float | int", *, zero: bool = False) -> None:
-    """Raise ValueError unless every entry of ``value`` is finite and positive (or zero, if ``zero``)."""
+    """Raise ValueError unless every entry of ``value`` is finite and positive (or zero, if ``zero``).
+
+    The message names the first entry that is not; TypeError if ``value`` is no number at all.
+    """
     if isinstance(value, Tensor):
-        good = bool((value >= 0).all() if zero else (value > 0).all()) and bool(value.isfinite().all())
+        good = value.isfinite() & (value >= 0 if zero else value > 0)
+        if bool(good.all()):
+            return
+        entry = value[~good].flatten()[0].item()
+        shown = f"{entry}" if value.numel() == 1 else f"a tensor with entry {entry}"
+    elif isinstance(value, numbers.Real):
+        if math.isfinite(value) and (value >= 0 if zero else value > 0):
+            return
+        shown = str(value)
     else:
-        good = math.isfinite(value) and (value >= 0 if zero else value > 0)
-    if not good:
-        raise ValueError(
-            f"{name} must be {'non-negative' if zero else 'positive'} and finite; got {_show(value)}."
-        )
+        raise TypeError(f"{name} must be a number or a tensor; got {type(value).__name__}.")
+    raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'} and finite; got {shown}.")
 
 
 def check_integer(name: str, value: Any, low: int, high: "int | None" = None) -> None:
@@ -62,9 +71,7 @@ def check_same_kind(**tensors: "Tensor | None") -> None:
     if len({t.dtype for t in present.values()}) > 1:
         raise TypeError("mixed dtypes: " + ", ".join(f"{k} is {t.dtype}" for k, t in present.items()) + ".")
     if len({t.device for t in present.values()}) > 1:
-        raise TypeError(
-            "mixed devices: " + ", ".join(f"{k} is on {t.device}" for k, t in present.items()) + "."
-        )
+        raise TypeError("mixed devices: " + ", ".join(f"{k} is on {t.device}" for k, t in present.items()) + ".")
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -75,9 +82,3 @@ def check_finite(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} must be finite; got {int(bad.sum())} NaN or infinite entries, the first at index {where}."
         )
-
-
-def _show(value: "Tensor | float | int") -> str:
-    if isinstance(value, Tensor):
-        return str(value.item()) if value.numel() == 1 else f"a tensor with smallest entry {value.min().item()}"
-    return str(value)

@@ -25,17 +25,18 @@ def make_generator(random_state: Any = None, device: "torch.device | str" = "cpu
     TypeError
         If ``random_state`` is none of these.
     ValueError
-        If an integer seed is negative.
+        If an integer seed is negative or takes more than 64 bits.
     """
     if isinstance(random_state, torch.Generator):
         return random_state
     gen = torch.Generator(device=device)
     if random_state is None:
         gen.seed()
-    elif isinstance(random_state, numbers.Integral):
-        if random_state < 0:
-            raise ValueError(f"random_state must be a non-negative integer; got {random_state}.")
-        gen.manual_seed(int(random_state))
+    elif isinstance(random_state, numbers.Integral) and not isinstance(random_state, bool):
+        seed = int(random_state)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"random_state must be a non-negative integer below 2**64; got {seed}.")
+        gen.manual_seed(seed)
     elif isinstance(random_state, np.random.RandomState):
         gen.manual_seed(int(random_state.randint(2**31 - 1)))
     elif isinstance(random_state, np.random.Generator):

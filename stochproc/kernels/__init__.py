@@ -1,1 +1,42 @@
-"""Part under construction."""
+"""Kernels, defined once and evaluated by any backend, and reductions over all pairs of points."""
+
+from stochproc.kernels._arc_cosine import ArcCosine
+from stochproc.kernels._base import Kernel, Prepared
+from stochproc.kernels._composite import ActiveDims, Product, Scale, Sum
+from stochproc.kernels._convert import KERNEL_NAMES, as_gpytorch, as_kernel, kernel_from_config
+from stochproc.kernels._dispatch import select_backend
+from stochproc.kernels._dot import Dot, Linear, Polynomial
+from stochproc.kernels._keops import keops_status
+from stochproc.kernels._operator import KernelOperator
+from stochproc.kernels._reduce import argmin, expsum, kmin, logsumexp, matvec
+from stochproc.kernels._stationary import RBF, Matern, Periodic, Radial, RationalQuadratic
+
+__all__ = [
+    "KERNEL_NAMES",
+    "RBF",
+    "ActiveDims",
+    "ArcCosine",
+    "Dot",
+    "Kernel",
+    "KernelOperator",
+    "Linear",
+    "Matern",
+    "Periodic",
+    "Polynomial",
+    "Prepared",
+    "Product",
+    "Radial",
+    "RationalQuadratic",
+    "Scale",
+    "Sum",
+    "argmin",
+    "as_gpytorch",
+    "as_kernel",
+    "expsum",
+    "keops_status",
+    "kernel_from_config",
+    "kmin",
+    "logsumexp",
+    "matvec",
+    "select_backend",
+]

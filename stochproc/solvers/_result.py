@@ -95,10 +95,7 @@ class Result(Generic[T]):
         if self.ok:
             return self.value
         c = self.convergence
-        detail = (
-            c.message
-            or f"residual {c.residual:.3g} after {c.iterations} iterations, asked for {c.tolerance:.3g}"
-        )
+        detail = c.message or f"residual {c.residual:.3g} after {c.iterations} iterations, asked for {c.tolerance:.3g}"
         raise SolverError(f"solver ended with status '{self.status.value}': {detail}")
 
 

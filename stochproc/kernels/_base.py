@@ -1,0 +1,391 @@
+"""The kernel base class: hyperparameters, the one prepared form that every backend evaluates, and algebra."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stochproc._checks import check_positive, check_same_kind
+
+if TYPE_CHECKING:
+    from stochproc.kernels._operator import KernelOperator
+
+Tensors = tuple[Tensor, ...]
+
+# A kernel without its own diagonal takes it from square blocks of this many rows: O(n) evaluations, few calls.
+_DIAG_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A function of pairs of points, ready to be evaluated block by block.
+
+    Parameters
+    ----------
+    rows, cols : tuple of Tensor
+        What depends on x alone, shapes (*batch, n, k), and on y alone, shapes (*batch, m, k).
+    shared : tuple of Tensor
+        What depends on neither: hyperparameters.
+    block : callable
+        ``block(rows, cols, shared) -> Tensor`` of shape (*batch, n, m): pure in its three arguments, so that
+        a backend may call it on slices of the rows and differentiate each call on its own.
+    """
+
+    rows: Tensors
+    cols: Tensors
+    shared: Tensors
+    block: Callable[[Tensors, Tensors, Tensors], Tensor]
+
+    def __call__(self) -> Tensor:
+        """Evaluate the whole matrix."""
+        return self.block(self.rows, self.cols, self.shared)
+
+
+class _Bound(torch.nn.Module):
+    """A method of a module seen as a module's forward, for ``functional_call``."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(self.module, *args, **kwargs)
+
+
+def call_with_parameters(
+    module: torch.nn.Module,
+    names: Sequence[str],
+    values: Sequence[Tensor],
+    function: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Return ``function(module, *args, **kwargs)`` with the named parameters replaced by ``values``."""
+    replaced = {f"module.{name}": value for name, value in zip(names, values, strict=True)}
+    return torch.func.functional_call(_Bound(module), replaced, (function, *args), kwargs)
+
+
+def positive(name: str, what: str) -> property:
+    """Return a property for a positive hyperparameter that is stored as the float64 logarithm ``log_<name>``."""
+    log_name = f"log_{name}"
+
+    def get(self: Any) -> Tensor:
+        return getattr(self, log_name).exp()
+
+    def set_(self: Any, value: Any) -> None:
+        parameter = getattr(self, log_name)
+        new = _as_hyperparameter(name, value)
+        check_positive(name, new)
+        with torch.no_grad():
+            parameter.copy_(new.log().to(parameter.device).expand_as(parameter))
+
+    return property(get, set_, doc=what)
+
+
+def _as_hyperparameter(name: str, value: Any) -> Tensor:
+    sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number or sequence or hasattr(value, "__array__")):
+        raise TypeError(f"{name} must be a number, a sequence or a tensor; got {type(value).__name__}.")
+    return torch.as_tensor(value, dtype=torch.float64).detach()
+
+
+class Kernel(torch.nn.Module):
+    """A covariance function, defined once and evaluated by whichever backend suits.
+
+    Subclass it and write :meth:`forward`; everything else follows from it by autograd. A kernel of distances
+    or of inner products needs less: see :class:`Radial` and :class:`Dot`.
+
+    Parameters
+    ----------
+    batch_shape : tuple of int, default=()
+        Batch shape of the hyperparameters, which broadcasts against that of the points: a hyperparameter has
+        shape (*batch_shape, 1), a lengthscale by column (*batch_shape, d).
+
+    Notes
+    -----
+    Calling ``kernel(x, y)`` with x (*batch, n, d) and y (*batch, m, d), float32 or float64, gives the dense
+    block (*batch, n, m); ``kernel(x)`` the square one. Positive hyperparameters are stored as float64
+    logarithms and cast to the dtype and device of the points at use.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stochproc.kernels import RBF, Linear
+    >>> kernel = 2.0 * RBF(lengthscale=0.5) + Linear()
+    >>> kernel(torch.zeros(3, 2), torch.ones(4, 2)).shape
+    torch.Size([3, 4])
+    """
+
+    _config_names: tuple[str, ...] = ()
+    # Whether the parameters have shapes of their own, not (*batch, k), and cannot be indexed along a batch.
+    _opaque = False
+
+    def __init__(self, *, batch_shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.batch_shape = torch.Size(batch_shape)
+
+    def _add_positive(self, name: str, value: Any, *, per_column: bool = False) -> None:
+        """Register ``log_<name>`` from a float, a vector by column (if allowed) or a batched value."""
+        value = _as_hyperparameter(name, value)
+        check_positive(name, value)
+        if value.ndim == 0 or (value.numel() == 1 and value.ndim == 1):
+            value = value.reshape(1)
+        elif value.shape[-1] != 1 and not per_column:
+            raise ValueError(f"{name} must be one number (or have shape (*batch, 1)); got shape {tuple(value.shape)}.")
+        try:
+            shape = torch.broadcast_shapes(value.shape, (*self.batch_shape, 1))
+        except RuntimeError:
+            shape = torch.Size()
+        if shape[:-1] != self.batch_shape:
+            raise ValueError(
+                f"{name} must have batch shape {tuple(self.batch_shape)} as set by batch_shape; got shape "
+                f"{tuple(value.shape)}."
+            )
+        log_value = value.log().expand(shape).clone()
+        self.register_parameter(f"log_{name}", torch.nn.Parameter(log_value))
+
+    def _hyper(self, name: str, like: Tensor) -> Tensor:
+        """Return the positive hyperparameter in the dtype and on the device of ``like``."""
+        return getattr(self, f"log_{name}").exp().to(dtype=like.dtype, device=like.device)
+
+    def forward(
+        self, x: Float[Tensor, "*#batch n d"], y: Float[Tensor, "*#batch m d"] | None = None
+    ) -> Float[Tensor, "*batch n m"]:
+        """Evaluate one dense block.
+
+        Parameters
+        ----------
+        x : Tensor of shape (*batch, n, d)
+        y : Tensor of shape (*batch, m, d), default=None
+            None means x.
+
+        Returns
+        -------
+        Tensor of shape (*batch, n, m)
+        """
+        if type(self).prepare is Kernel.prepare:
+            raise NotImplementedError(f"{type(self).__name__} must define forward(x, y).")
+        x, y = check_points(x, y)
+        return self.prepare(x, y)()
+
+    def prepare(self, x: Tensor, y: Tensor) -> Prepared:
+        """Split the kernel matrix of x and y into what a backend needs block by block.
+
+        Notes
+        -----
+        Cost O((n + m) d). Kernels whose points are transformed before they meet (scaled, centred, embedded)
+        override this, so that the transformation is not repeated for every block.
+        """
+        closed = type(self).block_vjp is not Kernel.block_vjp
+        names, values = self._differentiable()
+
+        def block(rows: Tensors, cols: Tensors, shared: Tensors) -> Tensor:
+            if closed:
+                return _ClosedFormBlock.apply(self, names, rows[0], cols[0], *shared)
+            if not shared:
+                return self.forward(rows[0], cols[0])
+            return call_with_parameters(self, names, shared, type(self).forward, rows[0], cols[0])
+
+        return Prepared((x,), (y,), values, block)
+
+    def _differentiable(self, skip: Sequence[str] = ()) -> tuple[list[str], Tensors]:
+        """Names and values of the parameters that a gradient may be asked of."""
+        if not torch.is_grad_enabled():
+            return [], ()
+        pairs = [(k, p) for k, p in self.named_parameters() if p.requires_grad and k not in skip]
+        return [k for k, _ in pairs], tuple(p for _, p in pairs)
+
+    def diag(self, x: Float[Tensor, "*#batch n d"]) -> Float[Tensor, "*batch n"]:
+        """Evaluate k(x_i, x_i) for every row.
+
+        Parameters
+        ----------
+        x : Tensor of shape (*batch, n, d)
+
+        Returns
+        -------
+        Tensor of shape (*batch, n)
+        """
+        blocks = [self(rows, rows) for rows in x.split(_DIAG_ROWS, dim=-2)]
+        return torch.cat([b.diagonal(dim1=-2, dim2=-1) for b in blocks], -1)
+
+    def dense(
+        self, x: Float[Tensor, "*#batch n d"], y: Float[Tensor, "*#batch m d"] | None = None
+    ) -> Float[Tensor, "*batch n m"]:
+        """Evaluate the whole matrix; ``y=None`` means x, with the diagonal of :meth:`diag`."""
+        if y is not None:
+            return self(x, y)
+        matrix = self(x, x)
+        return torch.diagonal_scatter(matrix, self.diag(x).expand(matrix.shape[:-1]), dim1=-2, dim2=-1)
+
+    def formula(self, x: Tensor, y: Tensor) -> Any:
+        """Return the matrix as a symbolic KeOps ``LazyTensor``.
+
+        Raises
+        ------
+        NotImplementedError
+            If this kernel has no formula; reductions then use another backend.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no KeOps formula.")
+
+    @property
+    def has_formula(self) -> bool:
+        """Whether :meth:`formula` exists, so that the keops backend can run this kernel."""
+        own = type(self).formula is not Kernel.formula
+        return own and all(k.has_formula for k in self.children() if isinstance(k, Kernel))
+
+    def block_vjp(self, x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the gradients of ``(g * kernel(x, y)).sum()`` in x and y in closed form, or None.
+
+        A subclass that overrides it (with differentiable operations) replaces autograd for the inputs.
+        """
+        return None
+
+    def state_space(self) -> Any:
+        """Return the state-space form, where one exists.
+
+        Raises
+        ------
+        NotImplementedError
+            If this kernel has none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no state-space form.")
+
+    def operator(
+        self,
+        x: Float[Tensor, "*#batch n d"],
+        y: Float[Tensor, "*#batch m d"] | None = None,
+        *,
+        backend: str = "auto",
+    ) -> KernelOperator:
+        """Return the kernel matrix as a ``LinearOperator`` that is never formed unless asked.
+
+        Parameters
+        ----------
+        x : Tensor of shape (*batch, n, d)
+        y : Tensor of shape (*batch, m, d), default=None
+            None means x.
+        backend : {"auto", "dense", "chunked", "keops"}, default="auto"
+
+        Returns
+        -------
+        KernelOperator
+            Of shape (*batch, n, m).
+        """
+        from stochproc.kernels._operator import KernelOperator
+
+        x, y = check_points(x, y)
+        names, values = [k for k, _ in self.named_parameters()], tuple(self.parameters())
+        return KernelOperator(x, y, *values, kernel=self, names=tuple(names), backend=backend)
+
+    def config(self) -> dict[str, Any]:
+        """Return the kernel as nested names and numbers, from which :func:`kernel_from_config` rebuilds it."""
+        out: dict[str, Any] = {"class": type(self).__name__}
+        for name in self._config_names:
+            out[name] = plain(getattr(self, name))
+        if self.batch_shape:
+            out["batch_shape"] = list(self.batch_shape)
+        return out
+
+    def __add__(self, other: Any) -> Kernel:
+        from stochproc.kernels._composite import Sum
+
+        return Sum(self, other) if isinstance(other, Kernel) else NotImplemented
+
+    def __mul__(self, other: Any) -> Kernel:
+        from stochproc.kernels._composite import Product, Scale
+
+        if isinstance(other, Kernel):
+            return Product(self, other)
+        if isinstance(other, (int, float)) and not isinstance(other, bool):
+            return Scale(self, float(other), batch_shape=tuple(self.batch_shape))
+        return NotImplemented
+
+    __rmul__ = __mul__
+
+
+class _ClosedFormBlock(torch.autograd.Function):
+    """A block of a kernel with its own ``block_vjp``; hyperparameters still go through autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, names: list[str], x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
+        ctx.kernel, ctx.names = kernel, names
+        ctx.save_for_backward(x, y, *values)
+        return call_with_parameters(kernel, names, values, type(kernel).forward, x, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, y, *values = ctx.saved_tensors
+        grads: Sequence[Tensor | None] = [None] * len(values)
+        if any(ctx.needs_input_grad[4:]):
+            higher = torch.is_grad_enabled()
+            with torch.enable_grad():
+                leaves = [v if higher else v.detach().requires_grad_() for v in values]
+                k = call_with_parameters(ctx.kernel, ctx.names, leaves, type(ctx.kernel).forward, x, y)
+                grads = torch.autograd.grad(k, leaves, grad, create_graph=higher, allow_unused=True)
+        grad_x: Tensor | None = None
+        grad_y: Tensor | None = None
+        if any(ctx.needs_input_grad[2:4]):
+            found = call_with_parameters(ctx.kernel, ctx.names, values, type(ctx.kernel).block_vjp, x, y, grad)
+            if found is None:
+                raise NotImplementedError(
+                    f"{type(ctx.kernel).__name__}.block_vjp returned None; do not override it, and autograd is used."
+                )
+            grad_x, grad_y = found
+        return None, None, grad_x, grad_y, *grads
+
+
+def check_points(x: Tensor, y: Tensor | None, *, names: tuple[str, str] = ("x", "y")) -> tuple[Tensor, Tensor]:
+    """Return x and y (x again for None) after checking shapes, dtypes, devices and columns."""
+    y = x if y is None else y
+    check_same_kind(**{names[0]: x, names[1]: y})
+    for name, t in zip(names, (x, y), strict=True):
+        if t.ndim < 2:
+            raise ValueError(
+                f"{name} must have shape (*batch, n, d), one row a point; got {tuple(t.shape)}. "
+                f"For points on a line pass {name}.unsqueeze(-1)."
+            )
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same number of columns; got {x.shape[-1]} and {y.shape[-1]}."
+        )
+    try:
+        torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"the batch shapes of {names[0]} and {names[1]} must broadcast; got {tuple(x.shape[:-2])} and "
+            f"{tuple(y.shape[:-2])}."
+        ) from None
+    return x, y
+
+
+def plain(value: Any) -> Any:
+    """Return tensors as nested lists (one number as a float) and kernels as their config."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.detach().cpu().tolist()
+    if isinstance(value, Kernel):
+        return value.config()
+    if isinstance(value, (list, tuple, torch.nn.ModuleList)):
+        return [plain(v) for v in value]
+    return value
+
+
+def walk(kernel: Kernel) -> Iterator[Kernel]:
+    """Yield the kernel and all kernels inside it."""
+    yield from (k for k in kernel.modules() if isinstance(k, Kernel))
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return ``value`` as a float, or raise TypeError or ValueError naming it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}.")
+    return float(value)

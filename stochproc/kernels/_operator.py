@@ -1,0 +1,152 @@
+"""A kernel matrix as a ``LinearOperator``: products by blocks, gradients in points and hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from linear_operator import LinearOperator
+from torch import Tensor
+
+from stochproc.kernels._base import Kernel, Tensors, call_with_parameters
+from stochproc.kernels._dispatch import select_backend
+from stochproc.kernels._reduce import matvec
+
+__all__ = ["KernelOperator"]
+
+
+class _Held:
+    """A kernel out of reach of linear_operator, which would clone and cast any keyword that can be."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+
+class KernelOperator(LinearOperator):
+    """The matrix of a kernel between two sets of points, evaluated when it is used.
+
+    Made by :meth:`Kernel.operator`. Behaves as any ``linear_operator.LinearOperator``: ``op @ v``,
+    ``op[rows, cols]``, ``op.diagonal()``, ``op.add_jitter(noise).solve(b)``, ``op.to_dense()``.
+
+    Parameters
+    ----------
+    x, y : Tensor of shape (*batch, n, d) and (*batch, m, d)
+    *parameters : Tensor
+        Values of the kernel's parameters, in the order of ``names``; they are arguments because
+        linear_operator differentiates nothing else.
+    kernel : Kernel
+    names : tuple of str
+    backend : {"auto", "dense", "chunked", "keops"}, default="auto"
+
+    Notes
+    -----
+    A product takes time O(n m (d + p)) and memory O(n + m) plus one block. Noise is added outside, by
+    ``op.add_jitter(noise)`` or ``op.add_diagonal(noise)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stochproc.kernels import RBF
+    >>> op = RBF().operator(torch.zeros(3, 1))
+    >>> (op @ torch.ones(3, 1)).squeeze(-1).tolist(), op.shape, op.backend_used
+    ([3.0, 3.0, 3.0], torch.Size([3, 3]), 'dense')
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *parameters: Tensor,
+        kernel: Kernel | _Held,
+        names: tuple[str, ...],
+        backend: str = "auto",
+    ) -> None:
+        held = kernel if isinstance(kernel, _Held) else _Held(kernel)
+        kernel = held.kernel
+        batched = bool(kernel.batch_shape) and not kernel._opaque
+        shapes = [p.shape[:-1] for p in parameters] if batched else [kernel.batch_shape]
+        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2], *shapes)
+        if batch:
+            x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
+            if batched:
+                parameters = tuple(p.expand(*batch, p.shape[-1]) for p in parameters)
+        super().__init__(x, y, *parameters, kernel=held, names=names, backend=backend)
+        self.x, self.y, self.parameters_ = x, y, parameters
+        self.kernel, self.names, self.backend = kernel, names, backend
+        self._batched = batched
+
+    @property
+    def backend_used(self) -> str:
+        """Name of the backend that a product with one vector runs on."""
+        return select_backend(self.kernel, self.x, self.y, backend=self.backend)
+
+    def _call(self, function: Callable[..., Any], *args: Any, parameters: Tensors | None = None, **kw: Any) -> Any:
+        values = self.parameters_ if parameters is None else parameters
+        return call_with_parameters(self.kernel, self.names, values, function, *args, **kw)
+
+    def _with(self, x: Tensor, y: Tensor, parameters: Tensors | None = None) -> KernelOperator:
+        values = self.parameters_ if parameters is None else parameters
+        return KernelOperator(x, y, *values, kernel=self.kernel, names=self.names, backend=self.backend)
+
+    def _per_batch(self, change: Callable[[Tensor], Tensor]) -> Tensors:
+        return tuple(map(change, self.parameters_)) if self._batched else self.parameters_
+
+    def _same_points(self) -> bool:
+        return self.x.shape == self.y.shape and torch.equal(self.x, self.y)
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        v = rhs.unsqueeze(-1) if rhs.ndim == 1 else rhs
+        out = self._call(matvec, self.x, self.y, v, backend=self.backend)
+        return out.squeeze(-1) if rhs.ndim == 1 else out
+
+    def _size(self) -> torch.Size:
+        return torch.Size((*self.x.shape[:-2], self.x.shape[-2], self.y.shape[-2]))
+
+    def _transpose_nonbatch(self) -> KernelOperator:
+        return self._with(self.y, self.x)
+
+    def _diagonal(self) -> Tensor:
+        if self._same_points():
+            diagonal = self._call(lambda kernel, x: kernel.diag(x), self.x)
+            return diagonal.expand(self.shape[:-1])
+        return self._pairwise(self.x, self.y, self._per_batch(lambda p: p.unsqueeze(-2)))
+
+    def _pairwise(self, x: Tensor, y: Tensor, parameters: Tensors) -> Tensor:
+        """Evaluate k(x_i, y_i) for points in matching positions, each a batch of its own."""
+        found = self._call(lambda kernel, a, b: kernel(a, b), x.unsqueeze(-2), y.unsqueeze(-2), parameters=parameters)
+        return found[..., 0, 0]
+
+    def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
+        x, y = self.x[(*batch_indices, row_index)], self.y[(*batch_indices, col_index)]
+        return self._pairwise(x, y, self._per_batch(lambda p: p[batch_indices] if batch_indices else p))
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
+        slices = all(isinstance(i, (slice, int)) for i in batch_indices)
+        if batch_indices and (not slices or self.kernel._opaque):
+            # Advanced indices mix with those of the rows by NumPy's rules: let the dense matrix apply them.
+            from linear_operator import to_linear_operator
+
+            return to_linear_operator(self.to_dense()[(*batch_indices, row_index, col_index)])
+        x = self.x[batch_indices][..., row_index, :]
+        y = self.y[batch_indices][..., col_index, :]
+        return self._with(x, y, self._per_batch(lambda p: p[batch_indices] if batch_indices else p))
+
+    def _unsqueeze_batch(self, dim: int) -> KernelOperator:
+        parameters = self._per_batch(lambda p: p.unsqueeze(dim))
+        return self._with(self.x.unsqueeze(dim), self.y.unsqueeze(dim), parameters)
+
+    def _permute_batch(self, *dims: int) -> KernelOperator:
+        parameters = self._per_batch(lambda p: p.permute(*dims, -1))
+        return self._with(self.x.permute(*dims, -2, -1), self.y.permute(*dims, -2, -1), parameters)
+
+    def _expand_batch(self, batch_shape: Any) -> KernelOperator:
+        x = self.x.expand(*batch_shape, *self.x.shape[-2:])
+        y = self.y.expand(*batch_shape, *self.y.shape[-2:])
+        return self._with(x, y, self._per_batch(lambda p: p.expand(*batch_shape, p.shape[-1])))
+
+    def to_dense(self) -> Tensor:
+        """Form the matrix, of shape (*batch, n, m)."""
+        y = None if self._same_points() else self.y
+        matrix = self._call(lambda kernel, x, y: kernel.dense(x, y), self.x, y)
+        return matrix.expand(self.shape)
