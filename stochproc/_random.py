@@ -34,8 +34,10 @@ def make_generator(random_state: Any = None, device: "torch.device | str" = "cpu
         gen.seed()
     elif isinstance(random_state, numbers.Integral) and not isinstance(random_state, bool):
         seed = int(random_state)
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"random_state must be a non-negative integer below 2**64; got {seed}.")
+        if seed < 0:
+            raise ValueError(f"random_state must be a non-negative integer; got {seed}.")
+        if seed >= 2**64:
+            raise ValueError(f"random_state must be below 2**64; got {seed}.")
         gen.manual_seed(seed)
     elif isinstance(random_state, np.random.RandomState):
         gen.manual_seed(int(random_state.randint(2**31 - 1)))

@@ -286,13 +286,19 @@ class Kernel(torch.nn.Module):
         return KernelOperator(x, y, *values, kernel=self, names=tuple(names), backend=backend)
 
     def config(self) -> dict[str, Any]:
-        """Return the kernel as nested names and numbers, from which :func:`kernel_from_config` rebuilds it."""
-        out: dict[str, Any] = {"class": type(self).__name__}
-        for name in self._config_names:
-            out[name] = plain(getattr(self, name))
-        if self.batch_shape:
-            out["batch_shape"] = list(self.batch_shape)
-        return out
+        """Return the kernel as nested names and numbers, from which :func:`kernel_from_config` rebuilds it.
+
+        Raises
+        ------
+        TypeError
+            If the kernel, or one inside it, is not one of this library: code cannot be saved as numbers.
+        """
+        from stochproc.kernels._convert import LIBRARY_KERNELS
+
+        if LIBRARY_KERNELS.get(type(self).__name__) is not type(self):
+            raise TypeError(f"{type(self).__name__} is not a kernel of this library, so it cannot be saved as numbers.")
+        out = {"class": type(self).__name__, **{name: plain(getattr(self, name)) for name in self._config_names}}
+        return {**out, "batch_shape": list(self.batch_shape)} if self.batch_shape else out
 
     def __add__(self, other: Any) -> Kernel:
         from stochproc.kernels._composite import Sum

@@ -36,8 +36,22 @@ _BY_NAME: dict[str, Callable[[Any], Kernel]] = {
 #: Names that :func:`as_kernel` and the estimators take.
 KERNEL_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 
-_BY_CLASS: dict[str, type[Kernel]] = {
-    c.__name__: c for c in (RBF, Matern, RationalQuadratic, Periodic, Linear, Polynomial, ArcCosine)
+#: Classes that can be written as names and numbers and rebuilt.
+LIBRARY_KERNELS: dict[str, type[Kernel]] = {
+    c.__name__: c
+    for c in (
+        RBF,
+        Matern,
+        RationalQuadratic,
+        Periodic,
+        Linear,
+        Polynomial,
+        ArcCosine,
+        Sum,
+        Product,
+        Scale,
+        ActiveDims,
+    )
 }
 
 
@@ -172,8 +186,6 @@ def kernel_from_config(config: Mapping[str, Any]) -> Kernel:
     if name in ("Scale", "ActiveDims"):
         options["kernel"] = kernel_from_config(options["kernel"])
         return Scale(**options) if name == "Scale" else ActiveDims(**options)
-    if name not in _BY_CLASS:
-        raise ValueError(
-            f"unknown kernel class {name!r}; valid: {', '.join([*_BY_CLASS, 'Sum', 'Product', 'Scale', 'ActiveDims'])}."
-        )
-    return _BY_CLASS[name](**options)
+    if name not in LIBRARY_KERNELS:
+        raise ValueError(f"unknown kernel class {name!r}; valid: {', '.join(LIBRARY_KERNELS)}.")
+    return LIBRARY_KERNELS[name](**options)

@@ -115,7 +115,7 @@ def _arcs(pair: Pair, scale: float, A: Tensor) -> _Arcs:
     dc = 2 * scale * pair.difference / total
     pc = c1 * c2
     pc_minus_1 = 2 * (t1 + t2 + 2 * t1 * t2) / (pc + 1)
-    g = (1 + t1 + t2).sqrt()
+    g = (1 + (t1 + t2)).sqrt()  # in this order, so that swapping the points changes no bit
     root = (g * g + det).sqrt()
     # tan(bend) = ((pc - 1) g - n total) / (total g + n (pc - 1)); the numerator times its conjugate is
     # dc^2 ((pc + 1)^2 + dc^2) / 4, found by writing everything in c1 and c2.
@@ -149,23 +149,22 @@ def gelu_step(pair: Pair, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
     arcs = _arcs(pair, 1.0, A)
     q1, q2 = pair.r1 * pair.r1, pair.r2 * pair.r2
     q, det, g, root = n - A, A * (2 * n - A), arcs.g, arcs.root
-    product, p = q1 * q2, (1 + q1) * (1 + q2)
+    p, share = (1 + q1) * (1 + q2), (q1 / (1 + q1)) * (q2 / (1 + q2))
     c_sum = arcs.c1 + arcs.c2
     dc2 = arcs.dc * arcs.dc
 
     # e(c1) + e(c2) - 2 e(collinear), e the rational part; with g^2 = (c1^2 + c2^2)/2 each bracket is dc^2 times this.
     rational = dc2 * (
         (3 * arcs.pc + dc2 / 2) / (arcs.pc * g * (g * c_sum + 2 * arcs.pc))
-        + c_sum / (arcs.c1 + g) * ((c_sum * g + 2 * g * g + arcs.pc + 1) / (arcs.c2 + g)) / (2 * p)
+        + c_sum * ((c_sum * g + 2 * g * g + arcs.pc + 1) / p) / (2 * (arcs.c1 + g) * (arcs.c2 + g))
         - 1 / (c_sum + 2 * g)
     )
     radial = (q1 + q2) * arcs.bend + difference * arcs.tilt + pair.D * pair.D * arcs.collinear + rational
 
     # The drop: n alpha - q alpha' is A alpha + q (turn - sin turn) + q sin turn, the last joined with the rational part.
     spread = root + g
-    joined = (1 + product / (g * spread)) / (p * root) + (q * (g * g * spread) - product * root * A) * inverse_or_zero(
-        n * root + q * g
-    ) / (p * spread)
+    joined = (1 / p + share / (g * spread)) / root
+    joined += (q * (g * g / p) - share * (root / spread) * A) * inverse_or_zero(n * root + q * g)
     drop = A * arcs.collinear + q * angle_minus_sine(arcs.turn) + det * joined
 
     sqdist = pair.sqdist / 4 + (radial + 2 * drop) / (2 * math.pi)

@@ -40,6 +40,8 @@ class Pair(NamedTuple):
     Notes
     -----
     D is redundant: derivatives hold along D = r1 - r2, and some operations differentiate through r1 and r2 only.
+    The norm of a point has gradient 0 at the origin, which leaves first derivatives of covariances right there;
+    second derivatives of squared norms (not of the inner product) lack their part at a point that is exactly 0.
     All operations are elementwise, so r1, r2, D, A may as well be full (n, m) blocks. ``+`` adds kernels, not tuples.
 
     Norms should lie within 1e-140 and 1e150 in float64, within 1e-15 and 1e18 in float32: squares must fit.

@@ -1,0 +1,147 @@
+"""What the estimators share: torch in and torch out, intervals from quantiles, saving and loading."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from stochproc import _persistence
+
+__all__ = ["Given", "ProbabilisticRegressorMixin", "as_array", "check_levels"]
+
+_FLOATS = [np.float64, np.float32]
+
+
+class Given(NamedTuple):
+    """What kind of array came in, so that the same kind goes out."""
+
+    is_torch: bool
+    dtype: torch.dtype | None
+    device: torch.device | None
+
+    @classmethod
+    def of(cls, value: Any) -> Given:
+        """Look at an argument."""
+        if not isinstance(value, Tensor):
+            return cls(False, None, None)
+        return cls(True, value.dtype if value.is_floating_point() else None, value.device)
+
+    def back(self, value: Tensor) -> Any:
+        """Return a result as it was given: NumPy for NumPy and pandas, torch for torch."""
+        if self.is_torch:
+            return value.to(dtype=self.dtype or value.dtype, device=self.device)
+        return value.detach().cpu().numpy()
+
+
+def as_array(value: Any) -> Any:
+    """Return a tensor as a NumPy array, anything else as it is."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+def check_levels(name: str, value: Any) -> np.ndarray:
+    """Return probabilities as a vector, or raise ValueError unless all lie strictly between 0 and 1."""
+    levels = np.atleast_1d(np.asarray(as_array(value), dtype=np.float64))
+    if levels.ndim != 1 or levels.size == 0:
+        raise ValueError(f"{name} must be a number or a vector of numbers in (0, 1); got shape {levels.shape}.")
+    if not np.all((levels > 0) & (levels < 1)):
+        bad = levels[~((levels > 0) & (levels < 1))][0]
+        raise ValueError(f"{name} must lie in (0, 1); got {bad}.")
+    return levels
+
+
+class ProbabilisticRegressorMixin:
+    """The part of the contract of probabilistic regressors that does not depend on the model.
+
+    An estimator that mixes it in writes ``fit``, ``predict``, ``predict_quantiles`` and, for files, ``_state``
+    and ``_restore``.
+    """
+
+    def _validated(self, X: Any) -> Any:
+        """Run scikit-learn's validation of inputs to predict at: arrays, frames or tensors."""
+        return validate_data(self, as_array(X), dtype=_FLOATS, reset=False)
+
+    def _validated_pair(self, X: Any, y: Any, **options: Any) -> tuple[Any, Any]:
+        """Run scikit-learn's validation of inputs and targets."""
+        return validate_data(
+            self, as_array(X), as_array(y), dtype=_FLOATS, y_numeric=True, multi_output=True, **options
+        )
+
+    def predict_interval(self, X: Any, coverage: float = 0.9) -> Any:
+        """Predict central intervals for new observations.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        coverage : float, default=0.9
+            Probability inside, in (0, 1).
+
+        Returns
+        -------
+        ndarray or Tensor of shape (n_samples, 2) or (n_samples, 2, n_outputs)
+            Lower and upper end, in the units of y.
+
+        Raises
+        ------
+        ValueError
+            If coverage does not lie in (0, 1).
+        """
+        level = check_levels("coverage", coverage)
+        if level.size != 1:
+            raise ValueError(f"coverage must be one number in (0, 1); got {level.size} numbers.")
+        tail = (1 - level[0]) / 2
+        return self.predict_quantiles(X, [tail, 1 - tail])  # type: ignore[attr-defined]
+
+    def save(self, path: Any) -> None:
+        """Write the fitted estimator to one safetensors file.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Replaced whole, or not at all.
+
+        Raises
+        ------
+        TypeError
+            If a parameter is not made of names and numbers of this library, such as a function, a kernel of
+            another library or a random generator; nothing is written then.
+        sklearn.exceptions.NotFittedError
+            If the estimator is not fitted.
+        """
+        check_is_fitted(self)
+        tensors, state = self._state()
+        _persistence.write(path, type(self), self.get_params(deep=False), state, tensors)  # type: ignore[attr-defined]
+
+    @classmethod
+    def load(cls, path: Any) -> Any:
+        """Read an estimator that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+
+        Returns
+        -------
+        estimator
+            Fitted, with the same predictions.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is not one of this library, or holds another class.
+        """
+        parameters, state, tensors = _persistence.read(path, cls)
+        estimator = cls(**parameters)
+        estimator._restore(tensors, state)
+        return estimator
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        raise NotImplementedError
+
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        raise NotImplementedError

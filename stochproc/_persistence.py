@@ -1,0 +1,132 @@
+"""One safetensors file for a fitted estimator: tensors, and names and numbers as JSON; nothing is unpickled."""
+
+import dataclasses
+import importlib
+import json
+import numbers
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import stochproc
+
+__all__ = ["decode", "encode", "read", "write"]
+
+# Which public function rebuilds an object from its config, by the tag in the file. Only these are ever called.
+_BUILDERS = {
+    "kernel": "stochproc.kernels:kernel_from_config",
+    "scale_prior": "stochproc.gp:scale_prior_from_config",
+    "lbfgs": "stochproc.solvers:LBFGS",
+}
+# Class of an object that can be written as names and numbers, by tag.
+_CLASSES = {
+    "kernel": "stochproc.kernels:Kernel",
+    "scale_prior": "stochproc.gp:ScalePrior",
+    "lbfgs": "stochproc.solvers:LBFGS",
+}
+_KEY = "stochproc"
+
+
+def _find(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def encode(name: str, value: Any) -> Any:
+    """Return ``value`` as nested names and numbers, or raise TypeError naming the parameter."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [encode(name, v) for v in value]
+    for tag, path in _CLASSES.items():
+        if isinstance(value, _find(path)):
+            try:
+                config = value.config() if hasattr(value, "config") else dataclasses.asdict(value)
+            except TypeError as error:
+                raise TypeError(f"{name} cannot be saved: {error}") from None
+            return {"__tag__": tag, "config": config}
+    raise TypeError(
+        f"{name} cannot be saved: {type(value).__name__} is not made of names and numbers of this library. "
+        "Kernels, priors and solvers of stochproc can be saved; functions, other kernels and generators cannot."
+    )
+
+
+def decode(value: Any) -> Any:
+    """Rebuild what :func:`encode` wrote."""
+    if isinstance(value, list):
+        return [decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("__tag__") not in _BUILDERS:
+        raise ValueError(f"unknown kind of object {value.get('__tag__')!r} in the file; valid: {', '.join(_BUILDERS)}.")
+    build = _find(_BUILDERS[value["__tag__"]])
+    config = value["config"]
+    return build(**config) if value["__tag__"] == "lbfgs" else build(config)
+
+
+def write(path: Any, cls: type, parameters: Mapping[str, Any], state: Mapping[str, Any], tensors: Any) -> None:
+    """Write a fitted estimator to one file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    header = {
+        "class": cls.__name__,
+        "version": stochproc.__version__,
+        "parameters": {k: encode(k, v) for k, v in parameters.items()},
+        "state": {k: encode(k, v) for k, v in state.items()},
+    }
+    target = Path(path)
+    # A temporary file beside the target, then a rename: an interruption leaves the old file as it was.
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {_KEY: json.dumps(header)})
+        os.replace(temporary, target)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read(path: Any, cls: type) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Return parameters, state and tensors of a file that ``cls`` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is not one of this library, or holds another class.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a file that save() wrote: {error}") from None
+    if _KEY not in metadata:
+        raise ValueError(f"{path} is a safetensors file, but not one that save() of stochproc wrote.")
+    header = json.loads(metadata[_KEY])
+    if header["class"] != cls.__name__:
+        raise ValueError(
+            f"{path} holds a {header['class']}; load it by {header['class']}.load, not {cls.__name__}.load."
+        )
+    parameters = {k: decode(v) for k, v in header["parameters"].items()}
+    return parameters, {k: decode(v) for k, v in header["state"].items()}, tensors
+
+
+def as_tensor(value: Any, dtype: torch.dtype, device: Any) -> Tensor:
+    """Copy an array to a tensor; copies, since a view of a read-only array warns."""
+    return torch.tensor(np.asarray(value), dtype=dtype, device=device)
