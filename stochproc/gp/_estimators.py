@@ -436,11 +436,9 @@ class ScaleMixtureGPRegressor(ProbabilisticRegressorMixin, RegressorMixin, BaseE
         self.scale_posterior_: ScalePosterior = self.posterior_.scale
         variance = self._y_map.scale.cpu() ** 2 * (self.noise_ / self.scale_posterior_.inverse_mean)
         self.noise_variance_ = variance.item() if self._single_output else variance.numpy()
+        jacobian = len(targets) * self._y_map.scale.log().sum().item()
         with torch.no_grad():
-            self.log_marginal_likelihood_ = (
-                model.log_marginal_likelihood(inputs, targets).item()
-                - len(targets) * self._y_map.scale.log().sum().item()
-            )
+            self.log_marginal_likelihood_ = self.posterior_.log_marginal_likelihood - jacobian
         self.optimizer_result_ = learned.result
         self.converged_ = learned.converged
         self.n_iter_ = learned.n_iter

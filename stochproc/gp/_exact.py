@@ -216,6 +216,10 @@ class ScaleMixtureGP(torch.nn.Module):
         factor = cholesky_or_raise(matrix, "the kernel matrix plus noise", points=X)
         whitened = torch.linalg.solve_triangular(factor, residual, upper=False)
         quad = whitened.to(torch.float64).square().sum()
+        if quad.item() == 0:
+            # A target that equals its mean in every row is known to rounding, not to more: with S = 0 a prior with
+            # mass near s = 0 would have no proper posterior.
+            quad = quad + targets.numel() * torch.finfo(X.dtype).eps ** 2
         zero = torch.zeros(self.n_outputs, dtype=X.dtype, device=X.device)
         return ExactPosterior(
             kernel=copy.deepcopy(self.kernel).requires_grad_(False),

@@ -59,6 +59,13 @@ class ExactPosterior:
     scale_prior: ScalePrior
     single_output: bool
 
+    @property
+    def log_marginal_likelihood(self) -> float:
+        """Return log p(y) of the data conditioned on, in nats; O(n) from the factor."""
+        logdet = 2 * self.factor.diagonal().to(torch.float64).log().sum()
+        evidence = log_evidence(self.scale_prior, self.scale.n_obs, self.scale.quad)
+        return (evidence - self.alpha.shape[1] / 2 * logdet).item()
+
     def mean(self, X: Float[Tensor, "m d"]) -> Float[Tensor, "m *outputs"]:
         """Return the location at new inputs, m (n + d) operations an output and no variance.
 

@@ -23,12 +23,11 @@ __all__ = ["block_rows", "map_rows"]
 BlockFunction = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
 
 
-def block_rows(rows: Tensors, n_cols: int, dtype: torch.dtype, block_bytes: int | None) -> int:
-    """Return how many rows one block holds."""
-    first = rows[0]
+def block_rows(tensors: Tensors, n_cols: int, dtype: torch.dtype, block_bytes: int | None) -> int:
+    """Return how many rows one block holds, for the batch that rows and columns make together."""
     if block_bytes is None:
-        block_bytes = THRESHOLDS["cuda_block_bytes" if first.is_cuda else "cpu_block_bytes"]
-    batch = max(math.prod(t.shape[:-2]) for t in rows)
+        block_bytes = THRESHOLDS["cuda_block_bytes" if tensors[0].is_cuda else "cpu_block_bytes"]
+    batch = math.prod(torch.broadcast_shapes(*(t.shape[:-2] for t in tensors)))
     per_row = max(1, batch * n_cols * dtype.itemsize)
     return max(block_bytes // per_row, max(1, THRESHOLDS["min_block_rows"] // batch))
 

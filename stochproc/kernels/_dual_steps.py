@@ -5,6 +5,7 @@ formulas start from half the squared distance of the images and subtract only wh
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,39 +14,66 @@ from torch import Tensor
 from stochproc.kernels._distance import inverse_or_zero
 from stochproc.kernels._pair import Pair, clamp_defect
 
-# Odd series of sin t - t cos t and of t - sin t: below t = 1 the next term is under half a unit in the last place.
-_TERMS = {torch.float32: 5, torch.float64: 9}
+# Odd series of sin t - t cos t and of t - sin t: coefficients of t^3, t^5, ...
 _H_SERIES = [(-1) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 10)]
 _EXCESS_SERIES = [(-1) ** (k + 1) / math.factorial(2 * k + 1) for k in range(1, 10)]
+# Terms after which the next is below half a unit in the last place, at t = 1/2 and at t = 1.
+_TERMS_TO_HALF = {torch.float32: 4, torch.float64: 7}
+_TERMS_TO_ONE = {torch.float32: 5, torch.float64: 9}
+
+# Entries of a block of rows, so that the temporaries stay in the cache: 3 to 4 times faster at a million pairs.
+_BLOCK_ENTRIES = 2**15
+
+
+def by_rows(step: Callable[..., tuple[Tensor, Tensor]], *fields: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``step(*fields)``, elementwise in fields that broadcast, block of rows by block of rows on the CPU."""
+    shape = torch.broadcast_shapes(*(f.shape for f in fields))
+    if fields[0].device.type != "cpu" or len(shape) < 2 or math.prod(shape) <= 2 * _BLOCK_ENTRIES:
+        return step(*fields)
+    n_rows = max(1, _BLOCK_ENTRIES * shape[-2] // math.prod(shape))
+    first, second = fields[0].new_empty(shape), fields[0].new_empty(shape)
+    for i in range(0, shape[-2], n_rows):
+        rows = slice(i, i + n_rows)
+        block = (f if f.ndim < 2 or f.shape[-2] == 1 else f[..., rows, :] for f in fields)
+        first[..., rows, :], second[..., rows, :] = step(*block)
+    return first, second
 
 
 def _cube_series(t: Tensor, coefficients: list[float]) -> Tensor:
     y = t * t
-    terms = coefficients[: _TERMS[t.dtype]]
-    out = torch.full_like(t, terms[-1])
-    for c in reversed(terms[:-1]):
-        out = out.mul_(y).add_(c)
-    return out.mul_(y).mul_(t)
+    out = y * coefficients[-1]
+    for c in reversed(coefficients[1:-1]):
+        out = out.add_(c).mul_(y)
+    return out.add_(coefficients[0]).mul_(y).mul_(t)
 
 
 def sine_minus_chord(t: Tensor) -> Tensor:
-    """Return h(t) = sin t - t cos t for t in [0, pi], to full relative accuracy."""
-    return torch.where(t < 1, _cube_series(t, _H_SERIES), t.sin() - t * t.cos())
+    """Return h(t) = sin t - t cos t for t in [0, pi], accurate relative to itself."""
+    series = _cube_series(t, _H_SERIES[: _TERMS_TO_HALF[t.dtype]])
+    return torch.where(t < 0.5, series, t.sin().sub_(t.cos().mul_(t)))
 
 
 def angle_minus_sine(t: Tensor) -> Tensor:
-    """Return t - sin t for t in [0, pi], to full relative accuracy."""
-    return torch.where(t < 1, _cube_series(t, _EXCESS_SERIES), t - t.sin())
+    """Return t - sin t for t in [0, pi], accurate relative to itself."""
+    return torch.where(t < 1, _cube_series(t, _EXCESS_SERIES[: _TERMS_TO_ONE[t.dtype]]), t - t.sin())
+
+
+def rectified_step(pair: Pair, c: float, g: float) -> tuple[Tensor, Tensor]:
+    """D and A behind a two-slope rectifier: sqrt(c) D and c A - g n h(t)."""
+    n = pair.n
+    return math.sqrt(c) * pair.D, _rectified_defect(pair.A, n, pair.angle, c, g)
+
+
+def _rectified_defect(A: Tensor, n: Tensor, angle: Tensor, c: float, g: float) -> Tensor:
+    return clamp_defect(sine_minus_chord(angle).mul_(n).mul_(-g).add_(A, alpha=c), c * n)
 
 
 class RectifiedDefect(torch.autograd.Function):
     """Defect c A - g n h(t) behind a two-slope rectifier, with first derivatives finite everywhere."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(A: Tensor, n: Tensor, angle: Tensor, c: float, g: float) -> Tensor:
-        return clamp_defect(c * A - g * n * sine_minus_chord(angle), c * n)
+        return _rectified_defect(A, n, angle, c, g)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, float], output: Tensor) -> None:
@@ -161,7 +189,8 @@ def gelu_step(pair: Pair, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
     )
     radial = (q1 + q2) * arcs.bend + difference * arcs.tilt + pair.D * pair.D * arcs.collinear + rational
 
-    # The drop: n alpha - q alpha' is A alpha + q (turn - sin turn) + q sin turn, the last joined with the rational part.
+    # The drop: n alpha - q alpha' is A alpha + q (turn - sin turn) + q sin turn, whose last term the rational
+    # part nearly cancels for large norms: joined.
     spread = root + g
     joined = (1 / p + share / (g * spread)) / root
     joined += (q * (g * g / p) - share * (root / spread) * A) * inverse_or_zero(n * root + q * g)

@@ -214,8 +214,8 @@ class Pair(NamedTuple):
 
         Its derivative :math:`1/(n \sin\theta)` is unbounded at 0 and pi and is taken as 0 there.
         """
-        A, n, r1, r2 = torch.broadcast_tensors(self.A, self.n, self.r1, self.r2)
-        return _Angle.apply(A, n, r1.detach(), r2.detach())
+        A, n = torch.broadcast_tensors(self.A, self.n)
+        return _Angle.apply(A, n, self.r1.detach(), self.r2.detach())
 
     def affine(self, weight_variance: "Tensor | float | int", bias_variance: "Tensor | float | int") -> "Pair":
         """Pairs after a dense layer: ``weight_variance * k + bias_variance``.
@@ -242,9 +242,11 @@ class Pair(NamedTuple):
             root = safe_sqrt(w) if isinstance(w, Tensor) else w**0.5
             return Pair(self.r1 * root, self.r2 * root, self.D * root, self.A * w)
         r1, r2 = (safe_sqrt(w * r.double().square() + b).to(r.dtype) for r in (self.r1, self.r2))
-        D = w * self.difference * inverse_or_zero(r1 + r2)
-        gap = inverse_or_zero(r1 * r2 + w * self.n + b)
-        return Pair(r1, r2, D, w * self.A + w * b * self.D * self.D * gap)
+        # A tensor may hold a bias of 0, hence a division by 0 at the origin.
+        inverse = inverse_or_zero if isinstance(b, Tensor) else torch.reciprocal
+        D = self.difference * inverse(r1 + r2) * w
+        curved = self.D * self.D * inverse(r1 * r2 + (w * self.n + b)) * (w * b)
+        return Pair(r1, r2, D, w * self.A + curved)
 
     def plus(self, other: "Pair") -> "Pair":
         """Pairs under the sum of two kernels.
@@ -271,8 +273,6 @@ class Pair(NamedTuple):
 
 
 class _WithGradientOf(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(value: Tensor, formula: Tensor) -> Tensor:
         return value.clone()
@@ -299,8 +299,6 @@ def clamp_defect(A: Tensor, n: Tensor) -> Tensor:
 class _Angle(torch.autograd.Function):
     """Angle from the defect, with derivative 0 where it is unbounded; its backward can be differentiated."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(A: Tensor, n: Tensor, r1: Tensor, r2: Tensor) -> Tensor:
         return _half_versine(A, n, r1, r2).sqrt_().asin_().mul_(2)
@@ -319,6 +317,8 @@ class _Angle(torch.autograd.Function):
 
 def _half_versine(A: Tensor, n: Tensor, r1: Tensor, r2: Tensor) -> Tensor:
     """Return sin^2(angle / 2) = A / (2 n), and its value by convention where n is 0."""
+    if n.numel() and bool(r1.min() * r2.min() > 0):
+        return (A / (2 * n)).clamp(0, 1)
     at_origin = ((r1 > 0) | (r2 > 0)).to(n.dtype) / 2
     empty = n == 0
     return torch.where(empty, at_origin, A / torch.where(empty, 1.0, 2 * n)).clamp(0, 1)
@@ -341,13 +341,13 @@ def _exact_pair(x: Tensor, y: Tensor) -> Pair:
     (h1, l1), (h2, l2) = _sqnorms(x), _sqnorms(y)
     h2, l2 = h2.mT, l2.mT
     r1, r2 = h1.sqrt(), h2.sqrt()
-    D = ((h1 - h2) + (l1 - l2)).mul_(inverse_or_zero(r1 + r2))
+    D = (h1 - h2).add_(l1 - l2).div_((r1 + r2).clamp_(min=torch.finfo(x.dtype).tiny))
     n = r1 * r2
     dist = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     size = D.abs()
     A = clamp_defect((dist - size).mul_((dist + size).div_(2)), n)
-    rest = torch.where(n > 0, 2 * _COLLINEAR**2 * A, torch.inf)
-    collinear = rest.div_(dist) < dist * (dist / n) * dist
+    # dist^4 > 128 n A, by factors that do not overflow; 0/0 compares as False.
+    collinear = (A / dist).mul_(2 * _COLLINEAR**2) < (dist / n).mul_(dist).mul_(dist)
     if bool(collinear.any()):
         _refine_collinear(A, collinear, n, x * inverse_or_zero(r1), y * inverse_or_zero(r2.mT))
     return Pair(r1, r2, D, A)

@@ -40,9 +40,7 @@ def dense(k: Cov, w2, b2) -> Cov:
 
 def activate(k: Cov, value: Callable, slope: Callable) -> Cov:
     q11, q12, q22, ntk = k
-    return Cov(
-        value(q11, q11, q11), value(q11, q12, q22), value(q22, q22, q22), ntk * slope(q11, q12, q22)
-    )
+    return Cov(value(q11, q11, q11), value(q11, q12, q22), value(q22, q22, q22), ntk * slope(q11, q12, q22))
 
 
 def _angle(q11, q12, q22):
