@@ -99,6 +99,8 @@ sphinx_gallery_conf = {
 
 
 PARTS = [name for name in stochproc.__all__ if not name.startswith("_")]
+# Public namespaces within a part come after it, each with its page.
+PARTS.insert(PARTS.index("kernels") + 1, "kernels.duals")
 
 
 def public_classes() -> dict[type, str]:
@@ -130,7 +132,7 @@ def show_public_bases(app, name, obj, options, bases):
             return [f":py:class:`{PUBLIC[base]}`"]
         if base.__module__.startswith("stochproc"):
             return [found for above in base.__bases__ for found in readable(above)]
-        return [] if base.__module__ == "typing" else [base]
+        return [] if base.__module__ in ("abc", "typing") else [base]
 
     shown = [found for base in obj.__bases__ for found in readable(base)]
     bases[:] = dict.fromkeys(base for base in shown if base is not object or len(shown) == 1)
@@ -168,7 +170,7 @@ def require_api_pages(app, env):
         for name in module.__all__:
             path = f"{module.__name__}.{name}"
             if path not in described:
-                logger.warning("%s has no API page; add it to docs/api/%s.rst", path, part)
+                logger.warning("%s has no API page; add it to docs/api/%s.rst", path, part.split(".")[0])
 
 
 def setup(app):

@@ -18,10 +18,10 @@ from stochproc._base import Given, ProbabilisticRegressorMixin, check_levels
 from stochproc._checks import check_choice, check_integer, check_positive
 from stochproc._persistence import as_tensor, encode
 from stochproc._random import make_generator
-from stochproc.exceptions import DataWarning
+from stochproc.exceptions import DataWarning, NumericalWarning
 from stochproc.gp._exact import ScaleMixtureGP
 from stochproc.gp._exact_posterior import ExactPosterior
-from stochproc.gp._hyperparameters import Learned, learn
+from stochproc.gp._hyperparameters import NOISE_FLOOR, Learned, default_search, learn
 from stochproc.gp._predictive import Predictive
 from stochproc.gp._scale_posterior import ScalePosterior
 from stochproc.gp._scale_priors import as_scale_prior
@@ -199,7 +199,8 @@ class ScaleMixtureGPRegressor(ProbabilisticRegressorMixin, RegressorMixin, BaseE
         sklearn.exceptions.ConvergenceWarning
             If the search stopped early; the best hyperparameters it found are used.
         NumericalWarning
-            If the final factor needed jitter, with the amount.
+            If the final factor needed jitter, with the amount, or if the noise is below 1e-5 of the kernel's diagonal
+            in float32.
         DataWarning
             If y does not vary.
 
@@ -230,7 +231,7 @@ class ScaleMixtureGPRegressor(ProbabilisticRegressorMixin, RegressorMixin, BaseE
         learned = Learned(None, True, 0)
         try:
             if self.optimizer is not None:
-                search = LBFGS(n_restarts=self.n_restarts) if self.optimizer == "lbfgs" else self.optimizer
+                search = default_search(self.n_restarts) if self.optimizer == "lbfgs" else self.optimizer
                 generator = make_generator(self.random_state)
                 learned = learn(model, inputs, targets, search, generator, callback, self.verbose)
         except KeyboardInterrupt:
@@ -238,6 +239,7 @@ class ScaleMixtureGPRegressor(ProbabilisticRegressorMixin, RegressorMixin, BaseE
             self._condition(model, inputs, targets, Learned(None, False, 0))
             raise
         self._condition(model, inputs, targets, learned)
+        self._warn_if_coarse()
         if not self.converged_:
             message = learned.result.convergence.message if learned.result is not None else "stopped"
             warnings.warn(
@@ -423,6 +425,18 @@ class ScaleMixtureGPRegressor(ProbabilisticRegressorMixin, RegressorMixin, BaseE
         if len(targets) > 1 and bool(flat.any()):
             which = "y" if self._single_output else f"{int(flat.sum())} column(s) of y"
             warnings.warn(f"{which} does not vary; it is centred and keeps unit scale.", DataWarning, stacklevel=3)
+
+    def _warn_if_coarse(self) -> None:
+        X = self.posterior_.X
+        with torch.no_grad():
+            level = NOISE_FLOOR[X.dtype] * self.kernel_.diag(X).mean().item()
+        if X.dtype == torch.float32 and self.noise_ < 0.99 * level:
+            warnings.warn(
+                f"noise is {self.noise_:.3g} and the mean of the kernel's diagonal {level / NOISE_FLOOR[X.dtype]:.3g}: "
+                'in float32 a factor of their sum keeps few digits. Use dtype="float64" or more noise.',
+                NumericalWarning,
+                stacklevel=3,
+            )
 
     def _condition(self, model: ScaleMixtureGP, inputs: Tensor, targets: Tensor, learned: Learned) -> None:
         """Set what a fitted estimator has, from a model with its final hyperparameters."""

@@ -1,5 +1,6 @@
 """Kernels, defined once and evaluated by any backend, and reductions over all pairs of points."""
 
+from stochproc.kernels import duals
 from stochproc.kernels._arc_cosine import ArcCosine
 from stochproc.kernels._base import Kernel, Prepared
 from stochproc.kernels._composite import ActiveDims, Product, Scale, Sum
@@ -8,6 +9,7 @@ from stochproc.kernels._dispatch import select_backend
 from stochproc.kernels._dot import Dot, Linear, Polynomial
 from stochproc.kernels._keops import keops_status
 from stochproc.kernels._operator import KernelOperator
+from stochproc.kernels._pair import Pair
 from stochproc.kernels._reduce import argmin, expsum, kmin, logsumexp, matvec
 from stochproc.kernels._stationary import RBF, Matern, Periodic, Radial, RationalQuadratic
 
@@ -21,6 +23,7 @@ __all__ = [
     "KernelOperator",
     "Linear",
     "Matern",
+    "Pair",
     "Periodic",
     "Polynomial",
     "Prepared",
@@ -32,6 +35,7 @@ __all__ = [
     "argmin",
     "as_gpytorch",
     "as_kernel",
+    "duals",
     "expsum",
     "keops_status",
     "kernel_from_config",

@@ -32,8 +32,9 @@ class ArcCosine(Kernel):
 
     Notes
     -----
-    Order 0 needs nonzero points: the angle with the origin is taken as 0 there. Its gradient is unbounded at
-    coincident and opposite points, and returned as 0. Evaluated from explicit differences, O(n m d).
+    Order 0 needs nonzero points: the angle with the origin has no limit and is taken as pi/2, its mean over
+    directions, so that the kernel is 1/2 there. Its gradient is unbounded at coincident and opposite points, and
+    returned as 0. Evaluated from explicit differences, O(n m d).
 
     References
     ----------

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from stochproc._checks import check_integer
 from stochproc.kernels._distance import inverse_or_zero
 from stochproc.kernels._dual_base import Dual
-from stochproc.kernels._pair import Pair, clamp_defect
+from stochproc.kernels._pair import Pair
+from stochproc.kernels._pair_points import clamp_defect
 
 __all__ = ["Numeric"]
 

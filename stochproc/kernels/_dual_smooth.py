@@ -10,7 +10,8 @@ from torch import Tensor
 from stochproc._checks import check_positive
 from stochproc.kernels._dual_base import Dual
 from stochproc.kernels._dual_steps import by_rows, erf_step, exponential_step, gelu_step, sine_step
-from stochproc.kernels._pair import Pair, clamp_defect, with_gradient_of
+from stochproc.kernels._pair import Pair, with_gradient_of
+from stochproc.kernels._pair_points import clamp_defect
 
 __all__ = ["Cos", "Erf", "Exp", "Gelu", "Rbf", "Sin"]
 

@@ -12,13 +12,9 @@ from torch import Tensor
 
 from stochproc._checks import check_positive, check_same_kind
 from stochproc.kernels._distance import inverse_or_zero, safe_sqrt
+from stochproc.kernels._pair_points import clamp_defect, state_of_points
 
 __all__ = ["Pair"]
-
-# (|x - y|^2 - D^2) / 2 is wrong by eps |x - y|^2, hence the angle t by eps |x - y|^2 / (2 n t), n = |x| |y|. Where
-# |x - y|^2 > 8 n t the defect is computed from unit vectors instead, which leaves an error of eps in the angle.
-_COLLINEAR = 8.0
-_GATHERED_ENTRIES = 2**20
 
 
 class Pair(NamedTuple):
@@ -103,7 +99,7 @@ class Pair(NamedTuple):
             r1, r2 = x.abs(), y.abs().mT
             return cls(r1, r2, r1 - r2, r1 * r2 - x * y.mT)
         with torch.no_grad():
-            value = _exact_pair(x.detach(), y.detach())
+            value = cls(*state_of_points(x.detach(), y.detach()))
         if not _needs_grad(x, y):
             return value
         r1 = safe_sqrt((x * x).sum(-1, keepdim=True))
@@ -291,11 +287,6 @@ def with_gradient_of(value: Tensor, formula: Tensor) -> Tensor:
     return _WithGradientOf.apply(value, formula) if _needs_grad(formula) else value
 
 
-def clamp_defect(A: Tensor, n: Tensor) -> Tensor:
-    """Return A clamped to its range [0, 2 n]."""
-    return torch.minimum(A.clamp(min=0), 2 * n)
-
-
 class _Angle(torch.autograd.Function):
     """Angle from the defect, with derivative 0 where it is unbounded; its backward can be differentiated."""
 
@@ -334,58 +325,3 @@ def _norms_of_gram(g_xx: Tensor, g_yy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q1, q2 = g_xx.unsqueeze(-1), g_yy.unsqueeze(-2)
     r1, r2 = safe_sqrt(q1), safe_sqrt(q2)
     return r1, r2, (q1 - q2) * inverse_or_zero(r1 + r2)
-
-
-def _exact_pair(x: Tensor, y: Tensor) -> Pair:
-    """The four numbers of every pair of points, outside autograd."""
-    (h1, l1), (h2, l2) = _sqnorms(x), _sqnorms(y)
-    h2, l2 = h2.mT, l2.mT
-    r1, r2 = h1.sqrt(), h2.sqrt()
-    D = (h1 - h2).add_(l1 - l2).div_((r1 + r2).clamp_(min=torch.finfo(x.dtype).tiny))
-    n = r1 * r2
-    dist = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    size = D.abs()
-    A = clamp_defect((dist - size).mul_((dist + size).div_(2)), n)
-    # dist^4 > 128 n A, by factors that do not overflow; 0/0 compares as False.
-    collinear = (A / dist).mul_(2 * _COLLINEAR**2) < (dist / n).mul_(dist).mul_(dist)
-    if bool(collinear.any()):
-        _refine_collinear(A, collinear, n, x * inverse_or_zero(r1), y * inverse_or_zero(r2.mT))
-    return Pair(r1, r2, D, A)
-
-
-def _refine_collinear(A: Tensor, where: Tensor, n: Tensor, u: Tensor, v: Tensor) -> None:
-    """Overwrite the marked defects by n |u - v|^2 / 2, u and v being unit vectors."""
-    if where.sum() > where.numel() // 4:
-        exact = torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist").square_().mul_(n / 2)
-        A.copy_(torch.where(where, exact, A))
-        return
-    u, v = u.expand(*A.shape[:-2], *u.shape[-2:]), v.expand(*A.shape[:-2], *v.shape[-2:])
-    for at in where.nonzero().split(max(1, _GATHERED_ENTRIES // u.shape[-1])):
-        index = at.unbind(-1)
-        diff = u[index[:-1]] - v[(*index[:-2], index[-1])]
-        A[index] = diff.square().sum(-1) * n[index] / 2
-
-
-def _sqnorms(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms of rows, each as an unevaluated sum of two numbers (twice the digits), keeping the axis."""
-    if x.dtype == torch.float32:
-        exact = x.double().square().sum(-1, keepdim=True)
-        high = exact.to(x.dtype)
-        return high, (exact - high).to(x.dtype)
-    # Dekker: split each factor in halves of 26 bits, whose products are exact.
-    high = x * x
-    big = x * (2.0**27 + 1)
-    head = big - (big - x)
-    tail = x - head
-    low = ((head * head - high) + 2 * head * tail) + tail * tail
-    while high.shape[-1] > 1:
-        # Add the two halves of the row, an odd entry out waiting for the next round; Knuth's exact addition.
-        half = high.shape[-1] // 2
-        a, b = high[..., :half], high[..., half : 2 * half]
-        total = a + b
-        part = total - a
-        error = (a - (total - part)) + (b - part) + low[..., :half] + low[..., half : 2 * half]
-        high = torch.cat([total, high[..., 2 * half :]], -1)
-        low = torch.cat([error, low[..., 2 * half :]], -1)
-    total = high + low
-    return total, low - (total - high)
