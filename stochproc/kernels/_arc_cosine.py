@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stochproc._checks import check_choice
-from stochproc.kernels._base import Kernel, Prepared, Tensors
+from stochproc.kernels._base import Kernel, Prepared, Tensors, check_points
 from stochproc.kernels._duals import Relu
 from stochproc.kernels._pair import Pair
 
@@ -63,6 +63,7 @@ class ArcCosine(Kernel):
 
     def diag(self, x: Float[Tensor, "*#batch n d"]) -> Float[Tensor, "*batch n"]:
         """Evaluate k(x_i, x_i): 1 for order 0, the squared norm for order 1."""
+        x, _ = check_points(x, None)
         q = (x * x).sum(-1)
         return torch.ones_like(q) if self.order == 0 else 2 * Relu().diag(q)
 
@@ -74,11 +75,13 @@ class ArcCosine(Kernel):
         units = [t / torch.where(r == 0, 1.0, r) for t, r in zip((x, y), norms, strict=True)]
         u, w = pair_of(*units)
         # 2 asin(|u - w| / 2) keeps the digits of small angles that acos(u . w) loses.
-        angle = 2 * (((u - w) ** 2).sum(-1).sqrt() / 2).clamp(0, 1).asin()
+        sq = ((u - w) ** 2).sum(-1)
+        if self.order == 0:
+            # The origin has no direction: its angle is pi/2 with another point and 0 with itself.
+            at_x, at_y = pair_of(*((r == 0).to(x) for r in norms))
+            sq = sq + (at_x + at_y - 2 * at_x * at_y).sum(-1)
+        angle = 2 * (sq.sqrt() / 2).clamp(0, 1).asin()
         if self.order == 0:
             return 1 - angle / math.pi
         r, s = pair_of(*norms)
         return (r * s).sum(-1) * (angle.sin() + (math.pi - angle) * angle.cos()) / math.pi
-
-    def extra_repr(self) -> str:
-        return f"order={self.order}"

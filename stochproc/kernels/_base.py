@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import numbers
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from stochproc._checks import check_positive, check_same_kind
 if TYPE_CHECKING:
     from stochproc.kernels._operator import KernelOperator
 
+M = TypeVar("M", bound=torch.nn.Module)
 Tensors = tuple[Tensor, ...]
 
 # A kernel without its own diagonal takes it from square blocks of this many rows: O(n) evaluations, few calls.
@@ -47,15 +48,29 @@ class Prepared:
         return self.block(self.rows, self.cols, self.shared)
 
 
-class _Bound(torch.nn.Module):
-    """A method of a module seen as a module's forward, for ``functional_call``."""
+def with_parameters(module: M, names: Sequence[str], values: Sequence[Tensor]) -> M:
+    """Return a shallow copy of ``module`` whose named parameters are ``values``, wherever they are used.
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
+    The module itself is not touched, unlike in ``torch.func.functional_call``, which swaps parameters in place:
+    two threads that share a kernel would overwrite each other's, for good.
+    """
+    if not names:
+        return module
+    own = dict(module.named_parameters())
+    replaced = {id(own[name]): value for name, value in zip(names, values, strict=True)}
+    return _copy_with(module, replaced, {})
 
-    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(self.module, *args, **kwargs)
+
+def _copy_with(module: M, replaced: dict[int, Tensor], done: dict[int, torch.nn.Module]) -> M:
+    if id(module) not in done:
+        new = type(module).__new__(type(module))
+        done[id(module)] = new
+        new.__dict__.update(module.__dict__)
+        new.__dict__["_parameters"] = {k: replaced.get(id(p), p) for k, p in module._parameters.items()}
+        new.__dict__["_modules"] = {
+            k: None if child is None else _copy_with(child, replaced, done) for k, child in module._modules.items()
+        }
+    return done[id(module)]  # type: ignore[return-value]
 
 
 def call_with_parameters(
@@ -67,8 +82,7 @@ def call_with_parameters(
     **kwargs: Any,
 ) -> Any:
     """Return ``function(module, *args, **kwargs)`` with the named parameters replaced by ``values``."""
-    replaced = {f"module.{name}": value for name, value in zip(names, values, strict=True)}
-    return torch.func.functional_call(_Bound(module), replaced, (function, *args), kwargs)
+    return function(with_parameters(module, names, values), *args, **kwargs)
 
 
 def positive(name: str, what: str) -> property:
@@ -82,6 +96,11 @@ def positive(name: str, what: str) -> property:
         parameter = getattr(self, log_name)
         new = _as_hyperparameter(name, value)
         check_positive(name, new)
+        if new.ndim and torch.broadcast_shapes(new.shape, parameter.shape) != parameter.shape:
+            raise ValueError(
+                f"{name} must be one number or have shape {tuple(parameter.shape)}, as at construction; got shape "
+                f"{tuple(new.shape)}."
+            )
         with torch.no_grad():
             parameter.copy_(new.log().to(parameter.device).expand_as(parameter))
 
@@ -112,7 +131,8 @@ class Kernel(torch.nn.Module):
     -----
     Calling ``kernel(x, y)`` with x (*batch, n, d) and y (*batch, m, d), float32 or float64, gives the dense
     block (*batch, n, m); ``kernel(x)`` the square one. Positive hyperparameters are stored as float64
-    logarithms and cast to the dtype and device of the points at use.
+    logarithms and cast to the dtype and device of the points at use. Ordinary autograd works to any order; the
+    transforms of ``torch.func`` (``grad``, ``vmap``) do not, as some steps look at values.
 
     Examples
     --------
@@ -129,11 +149,15 @@ class Kernel(torch.nn.Module):
 
     def __init__(self, *, batch_shape: tuple[int, ...] = ()) -> None:
         super().__init__()
+        if isinstance(batch_shape, (int, str)) or not isinstance(batch_shape, Sequence):
+            raise TypeError(f"batch_shape must be a tuple of int; got {batch_shape!r}.")
         self.batch_shape = torch.Size(batch_shape)
 
     def _add_positive(self, name: str, value: Any, *, per_column: bool = False) -> None:
         """Register ``log_<name>`` from a float, a vector by column (if allowed) or a batched value."""
         value = _as_hyperparameter(name, value)
+        if value.numel() == 0:
+            raise ValueError(f"{name} must have at least one entry; got none.")
         check_positive(name, value)
         if value.ndim == 0 or (value.numel() == 1 and value.ndim == 1):
             value = value.reshape(1)
@@ -154,6 +178,14 @@ class Kernel(torch.nn.Module):
     def _hyper(self, name: str, like: Tensor) -> Tensor:
         """Return the positive hyperparameter in the dtype and on the device of ``like``."""
         return getattr(self, f"log_{name}").exp().to(dtype=like.dtype, device=like.device)
+
+    def _own(self, name: str, like: Any) -> Any:
+        """Return a hyperparameter ready to meet a block, or a LazyTensor where ``like`` is one."""
+        if isinstance(like, Tensor):
+            return self._hyper(name, like).unsqueeze(-1)
+        from stochproc.kernels._keops import parameter_of
+
+        return parameter_of(getattr(self, name), like)
 
     def forward(
         self, x: Float[Tensor, "*#batch n d"], y: Float[Tensor, "*#batch m d"] | None = None
@@ -184,22 +216,23 @@ class Kernel(torch.nn.Module):
         override this, so that the transformation is not repeated for every block.
         """
         closed = type(self).block_vjp is not Kernel.block_vjp
-        names, values = self._differentiable()
+        names, values = self._shared()
 
         def block(rows: Tensors, cols: Tensors, shared: Tensors) -> Tensor:
             if closed:
                 return _ClosedFormBlock.apply(self, names, rows[0], cols[0], *shared)
-            if not shared:
-                return self.forward(rows[0], cols[0])
-            return call_with_parameters(self, names, shared, type(self).forward, rows[0], cols[0])
+            return with_parameters(self, names[: len(shared)], shared).forward(rows[0], cols[0])
 
         return Prepared((x,), (y,), values, block)
 
-    def _differentiable(self, skip: Sequence[str] = ()) -> tuple[list[str], Tensors]:
-        """Names and values of the parameters that a gradient may be asked of."""
+    def _shared(self, skip: Sequence[str] = ()) -> tuple[list[str], Tensors]:
+        """Names and values of the parameters that a block depends on, where it may be differentiated.
+
+        The frozen ones too: autograd then notices if one is changed between forward and backward.
+        """
         if not torch.is_grad_enabled():
             return [], ()
-        pairs = [(k, p) for k, p in self.named_parameters() if p.requires_grad and k not in skip]
+        pairs = [(k, p) for k, p in self.named_parameters() if k not in skip]
         return [k for k, _ in pairs], tuple(p for _, p in pairs)
 
     def diag(self, x: Float[Tensor, "*#batch n d"]) -> Float[Tensor, "*batch n"]:
@@ -279,8 +312,10 @@ class Kernel(torch.nn.Module):
         KernelOperator
             Of shape (*batch, n, m).
         """
+        from stochproc.kernels._dispatch import check_backend
         from stochproc.kernels._operator import KernelOperator
 
+        check_backend(backend)
         x, y = check_points(x, y)
         names, values = [k for k, _ in self.named_parameters()], tuple(self.parameters())
         return KernelOperator(x, y, *values, kernel=self, names=tuple(names), backend=backend)
@@ -305,20 +340,28 @@ class Kernel(torch.nn.Module):
 
         return Sum(self, other) if isinstance(other, Kernel) else NotImplemented
 
+    def __radd__(self, other: Any) -> Kernel:
+        # sum([a, b, c]) starts at 0.
+        return self if other == 0 and isinstance(other, int) else NotImplemented
+
     def __mul__(self, other: Any) -> Kernel:
         from stochproc.kernels._composite import Product, Scale
 
         if isinstance(other, Kernel):
             return Product(self, other)
-        if isinstance(other, (int, float)) and not isinstance(other, bool):
+        if isinstance(other, numbers.Real) and not isinstance(other, bool):
             return Scale(self, float(other), batch_shape=tuple(self.batch_shape))
         return NotImplemented
 
     __rmul__ = __mul__
 
+    def extra_repr(self) -> str:
+        shown = {name: plain(getattr(self, name)) for name in self._config_names}
+        return ", ".join(f"{k}={_rounded(v)}" for k, v in shown.items())
+
 
 class _ClosedFormBlock(torch.autograd.Function):
-    """A block of a kernel with its own ``block_vjp``; hyperparameters still go through autograd."""
+    """A block of a kernel with its own ``block_vjp``; where that gives None, and for hyperparameters, autograd."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, names: list[str], x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
@@ -329,23 +372,25 @@ class _ClosedFormBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, y, *values = ctx.saved_tensors
-        grads: Sequence[Tensor | None] = [None] * len(values)
-        if any(ctx.needs_input_grad[4:]):
+        needed = list(ctx.needs_input_grad[2:])
+        grads: list[Tensor | None] = [None] * len(needed)
+        if any(needed[:2]):
+            found = call_with_parameters(ctx.kernel, ctx.names, values, type(ctx.kernel).block_vjp, x, y, grad)
+            if found is not None:
+                grads[:2] = found
+                needed[:2] = False, False
+        if any(needed):
             higher = torch.is_grad_enabled()
             with torch.enable_grad():
-                leaves = [v if higher else v.detach().requires_grad_() for v in values]
-                k = call_with_parameters(ctx.kernel, ctx.names, leaves, type(ctx.kernel).forward, x, y)
-                grads = torch.autograd.grad(k, leaves, grad, create_graph=higher, allow_unused=True)
-        grad_x: Tensor | None = None
-        grad_y: Tensor | None = None
-        if any(ctx.needs_input_grad[2:4]):
-            found = call_with_parameters(ctx.kernel, ctx.names, values, type(ctx.kernel).block_vjp, x, y, grad)
-            if found is None:
-                raise NotImplementedError(
-                    f"{type(ctx.kernel).__name__}.block_vjp returned None; do not override it, and autograd is used."
-                )
-            grad_x, grad_y = found
-        return None, None, grad_x, grad_y, *grads
+                leaves = [
+                    t if higher or not w else t.detach().requires_grad_()
+                    for t, w in zip((x, y, *values), needed, strict=True)
+                ]
+                k = call_with_parameters(ctx.kernel, ctx.names, leaves[2:], type(ctx.kernel).forward, *leaves[:2])
+                wanted = [t for t, w in zip(leaves, needed, strict=True) if w]
+                rest = iter(torch.autograd.grad(k, wanted, grad, create_graph=higher, allow_unused=True))
+            grads = [next(rest) if w else g for g, w in zip(grads, needed, strict=True)]
+        return None, None, *grads
 
 
 def check_points(x: Tensor, y: Tensor | None, *, names: tuple[str, str] = ("x", "y")) -> tuple[Tensor, Tensor]:
@@ -383,15 +428,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def walk(kernel: Kernel) -> Iterator[Kernel]:
-    """Yield the kernel and all kernels inside it."""
-    yield from (k for k in kernel.modules() if isinstance(k, Kernel))
-
-
-def check_number(name: str, value: Any) -> float:
-    """Return ``value`` as a float, or raise TypeError or ValueError naming it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}.")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}.")
-    return float(value)
+def _rounded(value: Any) -> Any:
+    """Return numbers to six digits, for people."""
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochproc._checks import check_integer
 from stochproc.kernels._base import Tensors
 from stochproc.kernels._dispatch import THRESHOLDS
 
@@ -25,11 +26,13 @@ BlockFunction = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
 
 def block_rows(tensors: Tensors, n_cols: int, dtype: torch.dtype, block_bytes: int | None) -> int:
     """Return how many rows one block holds, for the batch that rows and columns make together."""
-    if block_bytes is None:
+    if block_bytes is not None:
+        check_integer("block_bytes", block_bytes, 1)
+    else:
         block_bytes = THRESHOLDS["cuda_block_bytes" if tensors[0].is_cuda else "cpu_block_bytes"]
     batch = math.prod(torch.broadcast_shapes(*(t.shape[:-2] for t in tensors)))
     per_row = max(1, batch * n_cols * dtype.itemsize)
-    return max(block_bytes // per_row, max(1, THRESHOLDS["min_block_rows"] // batch))
+    return max(block_bytes // per_row, THRESHOLDS["min_block_rows"] // max(batch, 1), 1)
 
 
 def map_rows(function: BlockFunction, rows: Tensors, shared: Tensors, step: int) -> tuple[Tensors, Tensors]:

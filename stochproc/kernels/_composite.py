@@ -20,6 +20,7 @@ class _Combination(Kernel):
     """Several kernels of the same points, combined entry by entry."""
 
     kernels: torch.nn.ModuleList
+    _opaque = property(lambda self: any(k._opaque for k in self._parts()))  # type: ignore[assignment]
 
     def __init__(self, *kernels: Kernel) -> None:
         if not kernels:
@@ -30,7 +31,12 @@ class _Combination(Kernel):
                     f"{type(self).__name__} combines kernels of this library; got {type(k).__name__}. "
                     "Pass it through as_kernel first."
                 )
-        super().__init__(batch_shape=tuple(torch.broadcast_shapes(*(k.batch_shape for k in kernels))))
+        try:
+            batch_shape = torch.broadcast_shapes(*(k.batch_shape for k in kernels))
+        except RuntimeError:
+            shapes = ", ".join(str(tuple(k.batch_shape)) for k in kernels)
+            raise ValueError(f"the batch shapes of the kernels must broadcast; got {shapes}.") from None
+        super().__init__(batch_shape=tuple(batch_shape))
         # a + b + c is one sum of three, not a sum in a sum.
         flat: list[Kernel] = []
         for k in kernels:
@@ -126,6 +132,7 @@ class Scale(Kernel):
 
     outputscale = positive("outputscale", "Variance of the process.")
     log_outputscale: Tensor
+    _opaque = property(lambda self: self.kernel._opaque)  # type: ignore[assignment]
 
     def __init__(self, kernel: Kernel, outputscale: Any = 1.0, *, batch_shape: tuple[int, ...] = ()) -> None:
         if not isinstance(kernel, Kernel):
@@ -177,6 +184,8 @@ class ActiveDims(Kernel):
     ValueError
         If dims is empty or repeats a column, or, at the call, if the points have too few columns.
     """
+
+    _opaque = property(lambda self: self.kernel._opaque)  # type: ignore[assignment]
 
     def __init__(self, kernel: Kernel, dims: Sequence[int]) -> None:
         if not isinstance(kernel, Kernel):

@@ -127,9 +127,9 @@ def _is_gpytorch(obj: Any) -> bool:
     # By name first: importing gpytorch to look at an object that is not its own would cost seconds.
     if not any(c.__module__.split(".")[0] == "gpytorch" for c in type(obj).__mro__):
         return False
-    from gpytorch.kernels import Kernel as GPyTorchKernel
+    from stochproc.kernels._gpytorch import gpytorch
 
-    return isinstance(obj, GPyTorchKernel)
+    return isinstance(obj, gpytorch.kernels.Kernel)
 
 
 def as_gpytorch(kernel: Any) -> gpytorch.kernels.Kernel:

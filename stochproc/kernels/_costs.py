@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochproc.kernels._base import Prepared, Tensors
+from stochproc.kernels._base import Prepared, Tensors, with_parameters
 from stochproc.kernels._distance import RadialProfile, augment, inverse_or_zero, radial_block, safe_sqrt
 
 __all__ = ["COSTS", "CostLike", "as_cost"]
@@ -99,14 +99,11 @@ class _UserCost(Cost):
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
         function = self.function
         module = function if isinstance(function, torch.nn.Module) and torch.is_grad_enabled() else None
-        named = {k: p for k, p in module.named_parameters() if p.requires_grad} if module else {}
+        named = dict(module.named_parameters()) if module is not None else {}
 
         def block(rows: Tensors, cols: Tensors, shared: Tensors) -> Tensor:
-            if module is not None and shared:
-                parameters = dict(zip(named, shared, strict=True))
-                value = torch.func.functional_call(module, parameters, (rows[0], cols[0]))
-            else:
-                value = function(rows[0], cols[0])
+            call = function if module is None else with_parameters(module, list(named), shared)
+            value = call(rows[0], cols[0])
             shape = (rows[0].shape[-2], cols[0].shape[-2])
             if not isinstance(value, Tensor) or value.shape[-2:] != shape:
                 came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -120,7 +117,7 @@ class _UserCost(Cost):
 
 
 def _radial(x: Tensor, y: Tensor, profile: RadialProfile, *, rough: bool) -> Prepared:
-    a, b, _ = augment(x, y, max_sqnorm=_COST_MAX_SQNORM)
+    a, b, _ = augment(x, y, max_sqnorm=0.0 if rough else _COST_MAX_SQNORM)
     dtype = x.dtype
 
     def block(rows: Tensors, cols: Tensors, shared: Tensors) -> Tensor:

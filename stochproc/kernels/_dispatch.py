@@ -32,13 +32,18 @@ THRESHOLDS = {
 }
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless there is such a backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+
+
 def choose(backend: str, *, pairs: int, dim: int, columns: int, device_type: str, has_formula: bool) -> str:
     """Return "dense", "chunked" or "keops" for a problem of ``pairs`` entries; an explicit name wins.
 
     The CPU never gets KeOps by itself: it measured 2 to 11 times slower there than row blocks.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+    check_backend(backend)
     if backend != "auto":
         return backend
     if device_type != "cuda":

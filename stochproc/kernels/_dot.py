@@ -7,8 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stochproc._checks import check_integer
-from stochproc.kernels._base import Kernel, Prepared, Tensors, call_with_parameters, positive
-from stochproc.kernels._distance import is_lazy
+from stochproc.kernels._base import Kernel, Prepared, Tensors, check_points, positive, with_parameters
 from stochproc.kernels._pair import Pair
 
 __all__ = ["Dot", "Linear", "Polynomial"]
@@ -31,20 +30,16 @@ class Dot(Kernel):
 
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
         """See :meth:`Kernel.prepare`."""
-        names, values = self._differentiable()
-
-        def evaluate(module: "Dot", rows: Tensors, cols: Tensors) -> Tensor:
-            return module.profile(rows[0] @ cols[0].mT)
+        names, values = self._shared()
 
         def block(rows: Tensors, cols: Tensors, shared: Tensors) -> Tensor:
-            if not shared:
-                return evaluate(self, rows, cols)
-            return call_with_parameters(self, names, shared, evaluate, rows, cols)
+            return with_parameters(self, names[: len(shared)], shared).profile(rows[0] @ cols[0].mT)
 
         return Prepared((x,), (y,), values, block)
 
     def diag(self, x: Float[Tensor, "*#batch n d"]) -> Float[Tensor, "*batch n"]:
         """Evaluate k(x_i, x_i); see :meth:`Kernel.diag`."""
+        x, _ = check_points(x, None)
         # One column, so that hyperparameters of shape (*batch, 1, 1) meet a matrix.
         return self.profile((x * x).sum(-1, keepdim=True))[..., 0]
 
@@ -77,14 +72,6 @@ class Dot(Kernel):
         Tensor of shape (*batch, n, m)
         """
         return self.profile(pair.r1 * pair.r2 - pair.A)
-
-    def _own(self, name: str, like: Any) -> Any:
-        """Return a hyperparameter, ready to meet a tensor block or a LazyTensor."""
-        if is_lazy(like):
-            from stochproc.kernels._keops import parameter_of
-
-            return parameter_of(getattr(self, name), like)
-        return self._hyper(name, like).unsqueeze(-1)
 
 
 class Linear(Dot):
@@ -153,6 +140,3 @@ class Polynomial(Dot):
     def profile(self, dot: Any) -> Any:
         """Return (dot + offset)^degree."""
         return (dot + self._own("offset", dot)) ** self.degree
-
-    def extra_repr(self) -> str:
-        return f"degree={self.degree}"

@@ -89,13 +89,14 @@ def exponent(cost: Cost, x: Tensor, y: Tensor, g: Tensor, scale: Any) -> Prepare
     inner = cost.prepare(x, y)
     # A tensor scale is an argument of the block, so that it gets its gradient.
     scale = scale if isinstance(scale, Tensor) else x.new_tensor(scale)
-    weight = (g * scale).clamp(min=DROPPED[x.dtype]).unsqueeze(-1)
+    weight = scaled(g, scale, DROPPED[x.dtype]).clamp(min=DROPPED[x.dtype]).unsqueeze(-1)
     if isinstance(cost, SqEuclidean):
         a, b = inner.rows[0], inner.cols[0]
         # a = [-2u, |u|^2, 1] and b = [w, 1, |w|^2]: the last column of b takes g as well.
         norms = a[..., -2:-1]
         a = torch.cat([a[..., :-2] * -scale, a[..., -1:]], -1)
-        b = torch.cat([b[..., :-2], weight.to(b.dtype) - b[..., -1:] * scale], -1)
+        last = weight.to(b.dtype) - b[..., -1:] * scale
+        b = torch.cat([b[..., :-2].expand(*last.shape[:-1], b.shape[-1] - 2), last], -1)
         row_term = (-norms * scale).to(x.dtype)
         return Prepared((a, row_term), (b,), (), lambda rows, cols, own: (rows[0] @ cols[0].mT).to(x.dtype))
 
@@ -104,6 +105,12 @@ def exponent(cost: Cost, x: Tensor, y: Tensor, g: Tensor, scale: Any) -> Prepare
 
     zero = x.new_zeros(x.shape[-2], 1)
     return Prepared((*inner.rows, zero), (*inner.cols, weight), (*inner.shared, scale), block)
+
+
+def scaled(g: Tensor, scale: Any, dropped: float) -> Tensor:
+    """Return ``g * scale``, and the constant ``dropped`` where g is -inf: -inf * scale has no gradient in scale."""
+    out = g.detach() == -math.inf
+    return torch.where(out, dropped, torch.where(out, 0.0, g) * scale)
 
 
 def row_max(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import gpytorch
 import torch
 from jaxtyping import Float
 from linear_operator import to_dense
 from torch import Tensor
 
-from stochproc.kernels._base import Kernel, check_points
+from stochproc.kernels._base import Kernel, check_points, with_parameters
 from stochproc.kernels._dispatch import select_backend
+from stochproc.kernels._keops import prepare_environment
+from stochproc.kernels._operator import same_points
+
+# GPyTorch imports pykeops, which reads its environment there and then.
+prepare_environment()
+
+import gpytorch  # noqa: E402
 
 __all__ = ["AsGPyTorch", "WrappedGPyTorch"]
 
@@ -37,12 +43,29 @@ class AsGPyTorch(gpytorch.kernels.Kernel):
         if last_dim_is_batch:
             x1, x2 = x1.mT.unsqueeze(-1), x2.mT.unsqueeze(-1)
         if diag:
-            if x1.shape == x2.shape and torch.equal(x1, x2):
+            if same_points(x1, x2):
                 return self.kernel.diag(x1)
             return self.kernel.operator(x1, x2)._diagonal()
         if select_backend(self.kernel, x1, x2) == "dense":
             return self.kernel(x1, x2)
         return self.kernel.operator(x1, x2)
+
+    def __getitem__(self, index: Any) -> AsGPyTorch:
+        """Select from the batch of kernels, as GPyTorch does when a batched matrix is indexed."""
+        batch = self.kernel.batch_shape
+        if not batch:
+            return self
+        if self.kernel._opaque:
+            raise NotImplementedError("a kernel that holds a batched GPyTorch kernel cannot be indexed.")
+        index = index if isinstance(index, tuple) else (index,)
+        named = dict(self.kernel.named_parameters())
+        values = [p.expand(*batch, p.shape[-1])[(*index, ..., slice(None))] for p in named.values()]
+        kernel = with_parameters(self.kernel, list(named), values)
+        shape = torch.empty(batch)[index].shape
+        for part in kernel.modules():
+            if isinstance(part, Kernel):
+                part.batch_shape = shape
+        return AsGPyTorch(kernel, active_dims=self.active_dims)
 
 
 class WrappedGPyTorch(Kernel):

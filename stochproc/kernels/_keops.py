@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stochproc.exceptions import BackendError, BackendWarning
 
-__all__ = ["keops_status", "pair_of", "parameter_of", "usable_or_warn"]
+__all__ = ["keops_status", "pair_of", "parameter_of", "prepare_environment", "usable_or_warn"]
 
 _COMPILERS = ("g++", "clang++")
 # What the probe of a (dtype, device type) found: None if KeOps works, else the reason why not.
@@ -21,7 +21,7 @@ _probed: dict[tuple[torch.dtype, str], str | None] = {}
 _warned = False
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """Set what KeOps reads when it is first imported; nothing the user has set is changed."""
     # The first alone does not silence keopscore.
     for name in ("PYKEOPS_VERBOSE", "KEOPS_VERBOSE"):
@@ -35,7 +35,7 @@ def _prepare_environment() -> None:
 
 
 def _lazy_tensor() -> Any:
-    _prepare_environment()
+    prepare_environment()
     # pykeops 2.3 uses torch.jit and CUDA look-ups that warn on import; none of it is for our users.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

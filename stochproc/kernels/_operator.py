@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,14 @@ from stochproc.kernels._dispatch import select_backend
 from stochproc.kernels._reduce import matvec
 
 __all__ = ["KernelOperator"]
+
+
+def same_points(x: Tensor, y: Tensor) -> bool:
+    """Whether two arguments may be treated as one: equal values are not enough where a gradient is wanted."""
+    if x is y:
+        return True
+    wanted = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    return not wanted and x.shape == y.shape and torch.equal(x, y)
 
 
 class _Held:
@@ -66,9 +75,17 @@ class KernelOperator(LinearOperator):
         kernel = held.kernel
         batched = bool(kernel.batch_shape) and not kernel._opaque
         shapes = [p.shape[:-1] for p in parameters] if batched else [kernel.batch_shape]
-        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2], *shapes)
+        try:
+            batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2], *shapes)
+        except RuntimeError:
+            raise ValueError(
+                f"the batch shapes of x, y and the kernel must broadcast; got {tuple(x.shape[:-2])}, "
+                f"{tuple(y.shape[:-2])} and {tuple(kernel.batch_shape)}."
+            ) from None
         if batch:
-            x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
+            same = x is y
+            x = x.expand(*batch, *x.shape[-2:])
+            y = x if same else y.expand(*batch, *y.shape[-2:])
             if batched:
                 parameters = tuple(p.expand(*batch, p.shape[-1]) for p in parameters)
         super().__init__(x, y, *parameters, kernel=held, names=names, backend=backend)
@@ -93,7 +110,7 @@ class KernelOperator(LinearOperator):
         return tuple(map(change, self.parameters_)) if self._batched else self.parameters_
 
     def _same_points(self) -> bool:
-        return self.x.shape == self.y.shape and torch.equal(self.x, self.y)
+        return same_points(self.x, self.y)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         v = rhs.unsqueeze(-1) if rhs.ndim == 1 else rhs
@@ -129,21 +146,63 @@ class KernelOperator(LinearOperator):
 
             return to_linear_operator(self.to_dense()[(*batch_indices, row_index, col_index)])
         x = self.x[batch_indices][..., row_index, :]
-        y = self.y[batch_indices][..., col_index, :]
+        same = self.y is self.x and isinstance(row_index, slice) and row_index == col_index
+        y = x if same else self.y[batch_indices][..., col_index, :]
         return self._with(x, y, self._per_batch(lambda p: p[batch_indices] if batch_indices else p))
+
+    def _mul_matrix(self, other: Any) -> LinearOperator:
+        # linear_operator would multiply low-rank roots of large matrices: an approximation.
+        from linear_operator import to_dense, to_linear_operator
+
+        product = self._product(other) if isinstance(other, KernelOperator) else None
+        return to_linear_operator(self.to_dense() * to_dense(other)) if product is None else product
+
+    def _product(self, other: KernelOperator) -> KernelOperator | None:
+        """Return the operator of the product kernel, where both act on the same points and share no parameter."""
+        points = self.x is other.x and self.y is other.y
+        opaque = self.kernel._opaque or other.kernel._opaque
+        own, others = ({id(p) for p in op.kernel.parameters()} for op in (self, other))
+        if not points or opaque or self._batched or other._batched or own & others:
+            return None
+        kernel = self.kernel * other.kernel
+        value = {}
+        for op in (self, other):
+            named = dict(op.kernel.named_parameters())
+            value.update({id(named[n]): v for n, v in zip(op.names, op.parameters_, strict=True)})
+        found = [(n, value[id(p)]) for n, p in kernel.named_parameters()]
+        names, values = tuple(n for n, _ in found), tuple(v for _, v in found)
+        return KernelOperator(self.x, self.y, *values, kernel=kernel, names=names, backend=self.backend)
+
+    def _prod_batch(self, dim: int) -> LinearOperator:
+        from linear_operator import to_linear_operator
+
+        return to_linear_operator(self.to_dense().prod(dim))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelOperator:
+        def copied(t: Tensor) -> Tensor:
+            return t.detach().clone().requires_grad_(t.requires_grad)
+
+        x = copied(self.x)
+        y = x if self.y is self.x else copied(self.y)
+        values = map(copied, self.parameters_)
+        kernel = copy.deepcopy(self.kernel, memo)
+        return KernelOperator(x, y, *values, kernel=kernel, names=self.names, backend=self.backend)
 
     def _unsqueeze_batch(self, dim: int) -> KernelOperator:
         parameters = self._per_batch(lambda p: p.unsqueeze(dim))
-        return self._with(self.x.unsqueeze(dim), self.y.unsqueeze(dim), parameters)
+        return self._moved(lambda t: t.unsqueeze(dim), parameters)
 
     def _permute_batch(self, *dims: int) -> KernelOperator:
         parameters = self._per_batch(lambda p: p.permute(*dims, -1))
-        return self._with(self.x.permute(*dims, -2, -1), self.y.permute(*dims, -2, -1), parameters)
+        return self._moved(lambda t: t.permute(*dims, -2, -1), parameters)
 
     def _expand_batch(self, batch_shape: Any) -> KernelOperator:
-        x = self.x.expand(*batch_shape, *self.x.shape[-2:])
-        y = self.y.expand(*batch_shape, *self.y.shape[-2:])
-        return self._with(x, y, self._per_batch(lambda p: p.expand(*batch_shape, p.shape[-1])))
+        parameters = self._per_batch(lambda p: p.expand(*batch_shape, p.shape[-1]))
+        return self._moved(lambda t: t.expand(*batch_shape, *t.shape[-2:]), parameters)
+
+    def _moved(self, change: Callable[[Tensor], Tensor], parameters: Tensors) -> KernelOperator:
+        x = change(self.x)
+        return self._with(x, x if self.y is self.x else change(self.y), parameters)
 
     def to_dense(self) -> Tensor:
         """Form the matrix, of shape (*batch, n, m)."""

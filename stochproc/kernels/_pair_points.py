@@ -22,7 +22,7 @@ def row_slices(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
     n_rows = shape[-2]
     if device.type == "cpu" and math.prod(shape) > 2 * _BLOCK_ENTRIES:
         n_rows = max(1, _BLOCK_ENTRIES * n_rows // math.prod(shape))
-    for i in range(0, shape[-2], n_rows):
+    for i in range(0, shape[-2], max(n_rows, 1)):
         yield slice(i, i + n_rows)
 
 

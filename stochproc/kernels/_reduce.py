@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stochproc._checks import check_integer, check_same_kind
+from stochproc._checks import check_floating, check_integer, check_same_kind
 from stochproc.kernels._base import Kernel, Prepared, Tensors, check_points
 from stochproc.kernels._costs import CostLike, as_cost
 from stochproc.kernels._dispatch import THRESHOLDS, resolve
@@ -22,6 +23,7 @@ from stochproc.kernels._evaluate import (
     logsumexp2,
     row_max,
     run,
+    scaled,
     shifted_exp2,
     smallest,
     split,
@@ -207,6 +209,7 @@ def expsum(
     """
     scale = _check_soft(cost, x, y, g, eps)
     check_same_kind(x=x, f=f, v=v)
+    _check_potential("f", f)
     if f.shape[-1:] != x.shape[-2:-1]:
         raise ValueError(f"f must have one entry a row of x, {x.shape[-2]}; got shape {tuple(f.shape)}.")
     _check_vectors("v", v, y)
@@ -219,7 +222,12 @@ def expsum(
         z = (row_of(f.unsqueeze(-1)) + column_of(g.unsqueeze(-1)) - found.formula(x, y)) * factor
         return _reduced(z.exp() * column_of(v), x, y)
     prepared = exponent(found, x, y, g, scale * LOG2E)
-    left = Prepared((*prepared.rows, f.unsqueeze(-1) * (scale * LOG2E)), prepared.cols, prepared.shared, prepared.block)
+    left = Prepared(
+        (*prepared.rows, scaled(f, scale * LOG2E, -math.inf).unsqueeze(-1)),
+        prepared.cols,
+        prepared.shared,
+        prepared.block,
+    )
 
     def plan(rows: Tensors, shared: Tensors) -> tuple[Tensors, Tensors]:
         cols, own, (w,) = split(prepared, shared)
@@ -326,14 +334,22 @@ def kmin(
 
 
 def _check_vectors(name: str, v: Tensor, y: Tensor) -> None:
+    check_floating(**{name: v})
     if v.ndim < 2 or v.shape[-2] != y.shape[-2]:
         raise ValueError(f"{name} must have shape (*batch, m, p) with m = {y.shape[-2]} rows; got {tuple(v.shape)}.")
 
 
 def _check_columns(x: Tensor, y: Tensor, g: Tensor) -> None:
     check_same_kind(x=x, y=y, g=g)
+    _check_potential("g", g)
     if g.shape[-1:] != y.shape[-2:-1]:
         raise ValueError(f"g must have one entry a row of y, {y.shape[-2]}; got shape {tuple(g.shape)}.")
+
+
+def _check_potential(name: str, value: Tensor) -> None:
+    bad = value.isnan() | (value == math.inf)
+    if bool(bad.any()):
+        raise ValueError(f"{name} must be finite or -inf; got {int(bad.sum())} entries that are NaN or +inf.")
 
 
 def _check_soft(cost: CostLike, x: Tensor, y: Tensor, g: Tensor, eps: Any) -> Any:
@@ -345,12 +361,12 @@ def _check_soft(cost: CostLike, x: Tensor, y: Tensor, g: Tensor, eps: Any) -> An
         if eps.ndim != 0:
             raise ValueError(f"eps must be a number or a 0-dim tensor; got shape {tuple(eps.shape)}.")
         check_same_kind(x=x, eps=eps)
-    elif isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    elif isinstance(eps, bool) or not isinstance(eps, numbers.Real):
         raise TypeError(f"eps must be a number or a 0-dim tensor; got {type(eps).__name__}.")
     number = eps.detach().item() if isinstance(eps, Tensor) else float(eps)
     if not 0 < number < math.inf:
         raise ValueError(f"eps must be positive and finite; got {number}.")
-    return 1 / eps
+    return 1 / eps if isinstance(eps, Tensor) else 1 / number
 
 
 def _eps_factor(scale: Any, x: Tensor) -> Any:

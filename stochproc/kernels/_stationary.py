@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stochproc.kernels._base import Kernel, Prepared, Tensors, call_with_parameters, positive
+from stochproc.kernels._base import Kernel, Prepared, Tensors, check_points, positive, with_parameters
 from stochproc.kernels._distance import (
+    FLOAT32_MAX_SQNORM,
     RadialProfile,
     augment,
     inverse_or_zero,
@@ -55,6 +56,9 @@ class Radial(Kernel):
 
     _config_names: tuple[str, ...] = ("lengthscale",)
     lengthscale = positive("lengthscale", "Lengthscale, in the unit of the columns.")
+    log_lengthscale: Tensor
+    # Hyperparameters that act on the points, before the profile.
+    _embedding: tuple[str, ...] = ("log_lengthscale",)
 
     #: Whether the profile behaves like the distance, not its square, near 0; distances of nearly coincident
     #: points are then recomputed from explicit differences.
@@ -68,9 +72,11 @@ class Radial(Kernel):
         """Evaluate the kernel at squared scaled distances, a tensor or a LazyTensor; to be overridden."""
         raise NotImplementedError(f"{type(self).__name__} must define profile(sq).")
 
-    # The next three are optional: speed for the kernels of this file. `_profile_` may overwrite its argument and
-    # is called outside autograd; `_slope` times `_slope_factor` is d profile / d sq.
+    # The next four are optional: speed for the kernels of this file. `_profile_` may overwrite its argument and
+    # is called outside autograd; `_slope` times `_slope_factor` is d profile / d sq; `_rate` is set where the
+    # profile is exp(_rate * sq).
     _slope_factor = 1.0
+    _rate: float | None = None
 
     def _profile_(self, sq: Tensor) -> Tensor:
         return self.profile(sq)
@@ -90,32 +96,31 @@ class Radial(Kernel):
 
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
         """Scale, centre and augment the points once; see :meth:`Kernel.prepare`."""
-        # Centred in the unit of the data first: a large common offset is subtracted exactly.
-        centre = y.detach().mean(-2, keepdim=True) if y.shape[-2] else 0.0
-        a, b, far = augment(self._embed(x - centre), self._embed(y - centre))
-        names, values = self._differentiable(skip=("log_lengthscale",))
+        # Next to a rough profile's kink the gradient is a difference of large sums, so the product is in float64.
+        limit = 0.0 if self.rough else FLOAT32_MAX_SQNORM
+        a, b, far = augment(x, y, self._embed, max_sqnorm=limit)
+        names, values = self._shared(skip=self._embedding)
         # A profile with trainable hyperparameters of its own is differentiated by autograd, one inherited
         # together with its slope in closed form.
-        closed = not names and _defines_both(type(self))
+        closed = not any(v.requires_grad for v in values) and _defines_both(type(self))
         dtype, refine = x.dtype, self.rough or far
 
-        def evaluate(module: "Radial", rows: Tensors, cols: Tensors) -> Tensor:
+        def block(rows: Tensors, cols: Tensors, shared: Tensors) -> Tensor:
+            module = with_parameters(self, names, shared) if shared else self
             slope = module._slope if closed else None
             fast = module._profile_ if closed else module.profile
-            profile = RadialProfile(module.profile, fast, slope, module._slope_factor)
-            return radial_block(rows[0], cols[0], dtype, profile, refine=refine)
-
-        def block(rows: Tensors, cols: Tensors, shared: Tensors) -> Tensor:
-            if not shared:
-                return evaluate(self, rows, cols)
-            return call_with_parameters(self, names, shared, evaluate, rows, cols)
+            rate = module._rate if closed else None
+            profile = RadialProfile(module.profile, fast, slope, module._slope_factor, rate)
+            return radial_block(rows[0], cols[0], dtype, profile, shared, refine=refine)
 
         return Prepared((a,), (b,), values, block)
 
     def diag(self, x: Float[Tensor, "*#batch n d"]) -> Float[Tensor, "*batch n"]:
         """Evaluate k(x_i, x_i): the profile at 0; see :meth:`Kernel.diag`."""
-        batch = torch.broadcast_shapes(x.shape[:-2], self.batch_shape)
-        value = self.profile(x.new_zeros(*self.batch_shape, 1, 1))[..., 0]
+        x, _ = check_points(x, None)
+        value = self.profile(x.new_zeros(1, 1))[..., 0]
+        # The shape of the parameters in force, which may be a slice of those at construction.
+        batch = torch.broadcast_shapes(x.shape[:-2], self.log_lengthscale.shape[:-1], value.shape[:-1])
         return value.expand(*batch, x.shape[-2])
 
     def block_vjp(self, x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,14 +161,6 @@ class Radial(Kernel):
             raise ValueError(f"lengthscale must be one number on a Gram matrix; got {lengthscale.shape[-1]} entries.")
         return self.profile((2 * pair.A + pair.D**2) / lengthscale.unsqueeze(-1) ** 2)
 
-    def _own(self, name: str, like: Any) -> Any:
-        """Return a hyperparameter of the profile, ready to meet a tensor block or a LazyTensor."""
-        if is_lazy(like):
-            from stochproc.kernels._keops import parameter_of
-
-            return parameter_of(getattr(self, name), like)
-        return self._hyper(name, like).unsqueeze(-1)
-
 
 def _defines_both(cls: type) -> bool:
     """Whether profile and slope come from the same class, so that a subclass's new profile is not misused."""
@@ -200,7 +197,7 @@ class RBF(Radial):
     def _profile_(self, sq: Tensor) -> Tensor:
         return stable_exp_(sq, -0.5)
 
-    _slope_factor = -0.5
+    _slope_factor = _rate = -0.5
 
     def _slope(self, sq: Callable[[], Tensor], value: Tensor) -> Tensor:
         return value
@@ -274,9 +271,6 @@ class Matern(Radial):
         decay = stable_exp(a, -1.0)
         return decay if self.nu == 1.5 else (1 + a) * decay
 
-    def extra_repr(self) -> str:
-        return f"nu={self.nu}"
-
 
 class RationalQuadratic(Radial):
     r"""Rational quadratic kernel :math:`(1 + r^2 / (2\alpha))^{-\alpha}`: a mixture of RBF lengthscales.
@@ -337,6 +331,7 @@ class Periodic(Radial):
     """
 
     _config_names = ("lengthscale", "period")
+    _embedding = ("log_lengthscale", "log_period")
     period = positive("period", "Period, in the unit of the columns.")
 
     def __init__(self, lengthscale: Any = 1.0, period: Any = 1.0, *, batch_shape: tuple[int, ...] = ()) -> None:
@@ -354,9 +349,6 @@ class Periodic(Radial):
         angle = 2 * math.pi * (x - turns * period) / period
         return torch.cat([super()._embed(angle.cos()), super()._embed(angle.sin())], -1)
 
-    def _differentiable(self, skip: Any = ()) -> tuple[list[str], Tensors]:
-        return super()._differentiable(skip=(*skip, "log_period"))
-
     def gram(self, pair: Pair) -> Tensor:
         """Raise: a Gram matrix has no coordinate that could be periodic."""
         raise NotImplementedError("Periodic needs points; it cannot be evaluated on a Gram matrix.")
@@ -368,7 +360,7 @@ class Periodic(Radial):
     def _profile_(self, sq: Tensor) -> Tensor:
         return stable_exp_(sq, -0.5)
 
-    _slope_factor = -0.5
+    _slope_factor = _rate = -0.5
 
     def _slope(self, sq: Callable[[], Tensor], value: Tensor) -> Tensor:
         return value
