@@ -5,18 +5,18 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stochproc._checks import check_positive, check_same_kind
+from stochproc.kernels._parameters import as_hyperparameter, call_with_parameters, with_parameters
 
 if TYPE_CHECKING:
     from stochproc.kernels._operator import KernelOperator
 
-M = TypeVar("M", bound=torch.nn.Module)
 Tensors = tuple[Tensor, ...]
 
 # A kernel without its own diagonal takes it from square blocks of this many rows: O(n) evaluations, few calls.
@@ -46,73 +46,6 @@ class Prepared:
     def __call__(self) -> Tensor:
         """Evaluate the whole matrix."""
         return self.block(self.rows, self.cols, self.shared)
-
-
-def with_parameters(module: M, names: Sequence[str], values: Sequence[Tensor]) -> M:
-    """Return a shallow copy of ``module`` whose named parameters are ``values``, wherever they are used.
-
-    The module itself is not touched, unlike in ``torch.func.functional_call``, which swaps parameters in place:
-    two threads that share a kernel would overwrite each other's, for good.
-    """
-    if not names:
-        return module
-    own = dict(module.named_parameters())
-    replaced = {id(own[name]): value for name, value in zip(names, values, strict=True)}
-    return _copy_with(module, replaced, {})
-
-
-def _copy_with(module: M, replaced: dict[int, Tensor], done: dict[int, torch.nn.Module]) -> M:
-    if id(module) not in done:
-        new = type(module).__new__(type(module))
-        done[id(module)] = new
-        new.__dict__.update(module.__dict__)
-        new.__dict__["_parameters"] = {k: replaced.get(id(p), p) for k, p in module._parameters.items()}
-        new.__dict__["_modules"] = {
-            k: None if child is None else _copy_with(child, replaced, done) for k, child in module._modules.items()
-        }
-    return done[id(module)]  # type: ignore[return-value]
-
-
-def call_with_parameters(
-    module: torch.nn.Module,
-    names: Sequence[str],
-    values: Sequence[Tensor],
-    function: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Return ``function(module, *args, **kwargs)`` with the named parameters replaced by ``values``."""
-    return function(with_parameters(module, names, values), *args, **kwargs)
-
-
-def positive(name: str, what: str) -> property:
-    """Return a property for a positive hyperparameter that is stored as the float64 logarithm ``log_<name>``."""
-    log_name = f"log_{name}"
-
-    def get(self: Any) -> Tensor:
-        return getattr(self, log_name).exp()
-
-    def set_(self: Any, value: Any) -> None:
-        parameter = getattr(self, log_name)
-        new = _as_hyperparameter(name, value)
-        check_positive(name, new)
-        if new.ndim and torch.broadcast_shapes(new.shape, parameter.shape) != parameter.shape:
-            raise ValueError(
-                f"{name} must be one number or have shape {tuple(parameter.shape)}, as at construction; got shape "
-                f"{tuple(new.shape)}."
-            )
-        with torch.no_grad():
-            parameter.copy_(new.log().to(parameter.device).expand_as(parameter))
-
-    return property(get, set_, doc=what)
-
-
-def _as_hyperparameter(name: str, value: Any) -> Tensor:
-    sequence = isinstance(value, Sequence) and not isinstance(value, str)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number or sequence or hasattr(value, "__array__")):
-        raise TypeError(f"{name} must be a number, a sequence or a tensor; got {type(value).__name__}.")
-    return torch.as_tensor(value, dtype=torch.float64).detach()
 
 
 class Kernel(torch.nn.Module):
@@ -155,7 +88,7 @@ class Kernel(torch.nn.Module):
 
     def _add_positive(self, name: str, value: Any, *, per_column: bool = False) -> None:
         """Register ``log_<name>`` from a float, a vector by column (if allowed) or a batched value."""
-        value = _as_hyperparameter(name, value)
+        value = as_hyperparameter(name, value)
         if value.numel() == 0:
             raise ValueError(f"{name} must have at least one entry; got none.")
         check_positive(name, value)

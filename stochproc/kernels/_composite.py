@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stochproc._checks import check_integer
-from stochproc.kernels._base import Kernel, Prepared, Tensors, plain, positive
+from stochproc.kernels._base import Kernel, Prepared, Tensors, plain
+from stochproc.kernels._parameters import positive
 
 __all__ = ["ActiveDims", "Product", "Scale", "Sum"]
 

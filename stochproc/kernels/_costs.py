@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochproc.kernels._base import Prepared, Tensors, with_parameters
+from stochproc.kernels._base import Prepared, Tensors
 from stochproc.kernels._distance import RadialProfile, augment, inverse_or_zero, radial_block, safe_sqrt
+from stochproc.kernels._parameters import with_parameters
 
 __all__ = ["COSTS", "CostLike", "as_cost"]
 

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stochproc._checks import check_integer
-from stochproc.kernels._base import Kernel, Prepared, Tensors, check_points, positive, with_parameters
+from stochproc.kernels._base import Kernel, Prepared, Tensors, check_points
 from stochproc.kernels._pair import Pair
+from stochproc.kernels._parameters import positive, with_parameters
 
 __all__ = ["Dot", "Linear", "Polynomial"]
 

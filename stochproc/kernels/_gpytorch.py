@@ -9,10 +9,11 @@ from jaxtyping import Float
 from linear_operator import to_dense
 from torch import Tensor
 
-from stochproc.kernels._base import Kernel, check_points, with_parameters
+from stochproc.kernels._base import Kernel, check_points
 from stochproc.kernels._dispatch import select_backend
 from stochproc.kernels._keops import prepare_environment
 from stochproc.kernels._operator import same_points
+from stochproc.kernels._parameters import with_parameters
 
 # GPyTorch imports pykeops, which reads its environment there and then.
 prepare_environment()

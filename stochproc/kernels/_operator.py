@@ -10,8 +10,9 @@ import torch
 from linear_operator import LinearOperator
 from torch import Tensor
 
-from stochproc.kernels._base import Kernel, Tensors, call_with_parameters
+from stochproc.kernels._base import Kernel, Tensors
 from stochproc.kernels._dispatch import select_backend
+from stochproc.kernels._parameters import call_with_parameters
 from stochproc.kernels._reduce import matvec
 
 __all__ = ["KernelOperator"]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stochproc.kernels._base import Kernel, Prepared, Tensors, check_points, positive, with_parameters
+from stochproc.kernels._base import Kernel, Prepared, Tensors, check_points
 from stochproc.kernels._distance import (
     FLOAT32_MAX_SQNORM,
     RadialProfile,
@@ -21,6 +21,7 @@ from stochproc.kernels._distance import (
     stable_exp_,
 )
 from stochproc.kernels._pair import Pair
+from stochproc.kernels._parameters import positive, with_parameters
 
 __all__ = ["RBF", "Matern", "Periodic", "Radial", "RationalQuadratic"]
 

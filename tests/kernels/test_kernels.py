@@ -153,7 +153,7 @@ def test_gradients_in_points_vectors_and_hyperparameters(name, backend, gen):
     names, values = zip(*kernel.named_parameters(), strict=True) if list(kernel.parameters()) else ((), ())
 
     def product(x, y, v, *values):
-        from stochproc.kernels._base import call_with_parameters
+        from stochproc.kernels._parameters import call_with_parameters
 
         return call_with_parameters(kernel, names, values, matvec, x, y, v, backend=backend, block_bytes=48)
 
@@ -168,7 +168,7 @@ def test_second_derivatives(name, backend, gen):
     names, values = zip(*kernel.named_parameters(), strict=True)
 
     def product(x, y, v, *values):
-        from stochproc.kernels._base import call_with_parameters
+        from stochproc.kernels._parameters import call_with_parameters
 
         return call_with_parameters(kernel, names, values, matvec, x, y, v, backend=backend, block_bytes=48)
 
@@ -231,7 +231,7 @@ def test_a_users_own_block_gradient_replaces_autograd(backend, gen):
     names, values = zip(*kernel.named_parameters(), strict=True)
 
     def product(x, y, v, *values):
-        from stochproc.kernels._base import call_with_parameters
+        from stochproc.kernels._parameters import call_with_parameters
 
         return call_with_parameters(kernel, names, values, matvec, x, y, v, backend=backend, block_bytes=48)
 
