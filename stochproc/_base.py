@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stochproc import _persistence
 
-__all__ = ["Given", "ProbabilisticRegressorMixin", "as_array", "check_levels"]
+__all__ = ["Given", "ProbabilisticRegressorMixin", "as_array", "as_numbers", "check_levels"]
 
 _FLOATS = [np.float64, np.float32]
 
@@ -28,7 +28,10 @@ class Given(NamedTuple):
         """Look at an argument."""
         if not isinstance(value, Tensor):
             return cls(False, None, None)
-        return cls(True, value.dtype if value.is_floating_point() else None, value.device)
+        if not value.is_floating_point():
+            return cls(True, None, value.device)
+        # Results in half precision would keep three digits of what was computed.
+        return cls(True, torch.promote_types(value.dtype, torch.float32), value.device)
 
     def back(self, value: Tensor) -> Any:
         """Return a result as it was given: NumPy for NumPy and pandas, torch for torch."""
@@ -39,7 +42,29 @@ class Given(NamedTuple):
 
 def as_array(value: Any) -> Any:
     """Return a tensor as a NumPy array, anything else as it is."""
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    # NumPy has no bfloat16.
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def as_numbers(name: str, value: np.ndarray) -> np.ndarray:
+    """Return real numbers in native byte order, float32 or float64, or raise ValueError naming the argument.
+
+    scikit-learn's validation leaves targets of several outputs in whatever dtype they came in.
+    """
+    if value.dtype.kind not in "buifO":
+        raise ValueError(f"{name} must hold real numbers; got dtype {value.dtype}.")
+    if value.dtype in _FLOATS:
+        return value
+    try:
+        out = value.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold real numbers; {error}.") from None
+    if not np.isfinite(out).all():
+        raise ValueError(f"{name} must be finite in float64; got NaN or infinity.")
+    return out
 
 
 def check_levels(name: str, value: Any) -> np.ndarray:
@@ -66,9 +91,10 @@ class ProbabilisticRegressorMixin:
 
     def _validated_pair(self, X: Any, y: Any, **options: Any) -> tuple[Any, Any]:
         """Run scikit-learn's validation of inputs and targets."""
-        return validate_data(
+        inputs, targets = validate_data(
             self, as_array(X), as_array(y), dtype=_FLOATS, y_numeric=True, multi_output=True, **options
         )
+        return inputs, as_numbers("y", targets)
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> Any:
         """Predict central intervals for new observations.
@@ -107,7 +133,8 @@ class ProbabilisticRegressorMixin:
         ------
         TypeError
             If a parameter is not made of names and numbers of this library, such as a function, a kernel of
-            another library or a random generator; nothing is written then.
+            another library or a random generator, or a kernel whose parts share a hyperparameter; nothing is
+            written then.
         sklearn.exceptions.NotFittedError
             If the estimator is not fitted.
         """
@@ -126,18 +153,20 @@ class ProbabilisticRegressorMixin:
         Returns
         -------
         estimator
-            Fitted, with the same predictions.
+            Fitted, with the same predictions; a refit learns what the saved one would.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is not one of this library, or holds another class.
+            If the path is a directory, or the file is not one of this library or holds another class.
         """
-        parameters, state, tensors = _persistence.read(path, cls)
-        estimator = cls(**parameters)
-        estimator._restore(tensors, state)
+        # Parameters made in inference mode could never be learned again.
+        with torch.inference_mode(False):
+            parameters, state, tensors = _persistence.read(path, cls)
+            estimator = cls(**parameters)
+            estimator._restore(tensors, state)
         return estimator
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

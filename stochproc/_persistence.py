@@ -5,7 +5,8 @@ import importlib
 import json
 import numbers
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,24 @@ def encode(name: str, value: Any) -> Any:
                 config = value.config() if hasattr(value, "config") else dataclasses.asdict(value)
             except TypeError as error:
                 raise TypeError(f"{name} cannot be saved: {error}") from None
-            return {"__tag__": tag, "config": config}
+            record = {"__tag__": tag, "config": config}
+            return {**record, "frozen": _frozen(name, value)} if isinstance(value, torch.nn.Module) else record
     raise TypeError(
         f"{name} cannot be saved: {type(value).__name__} is not made of names and numbers of this library. "
         "Kernels, priors and solvers of stochproc can be saved; functions, other kernels and generators cannot."
     )
+
+
+def _frozen(name: str, module: torch.nn.Module) -> list[str]:
+    """Names of the parameters that fits keep; TypeError if two parts share one, which a config cannot say."""
+    names: dict[int, str] = {}
+    for path, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            raise TypeError(
+                f"{name} cannot be saved: {names[id(parameter)]} and {path} are one parameter; give each part its own."
+            )
+        names[id(parameter)] = path
+    return [path for path, parameter in module.named_parameters() if not parameter.requires_grad]
 
 
 def decode(value: Any) -> Any:
@@ -73,11 +87,20 @@ def decode(value: Any) -> Any:
         raise ValueError(f"unknown kind of object {value.get('__tag__')!r} in the file; valid: {', '.join(_BUILDERS)}.")
     build = _find(_BUILDERS[value["__tag__"]])
     config = value["config"]
-    return build(**config) if value["__tag__"] == "lbfgs" else build(config)
+    if value["__tag__"] == "lbfgs":
+        return build(**config)
+    module = build(config)
+    if "frozen" in value:
+        for path, parameter in module.named_parameters():
+            parameter.requires_grad_(path not in value["frozen"])
+    return module
 
 
 def write(path: Any, cls: type, parameters: Mapping[str, Any], state: Mapping[str, Any], tensors: Any) -> None:
-    """Write a fitted estimator to one file, whole or not at all."""
+    """Write a fitted estimator to one file, whole or not at all.
+
+    A new file has the permissions that the umask leaves, a replaced one those it had.
+    """
     from safetensors.torch import save_file
 
     header = {
@@ -88,10 +111,13 @@ def write(path: Any, cls: type, parameters: Mapping[str, Any], state: Mapping[st
     }
     target = Path(path)
     # A temporary file beside the target, then a rename: an interruption leaves the old file as it was.
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    os.close(handle)
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.part")
+    # Made by us, since safetensors and tempfile choose permissions of their own.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
+        mode = stat.S_IMODE(os.stat(target if target.exists() else temporary).st_mode)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {_KEY: json.dumps(header)})
+        os.chmod(temporary, mode)
         os.replace(temporary, target)
     finally:
         if os.path.exists(temporary):
@@ -106,10 +132,12 @@ def read(path: Any, cls: type) -> tuple[dict[str, Any], dict[str, Any], dict[str
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is not one of this library, or holds another class.
+        If the path is a directory, or the file is not one of this library or holds another class.
     """
     from safetensors import SafetensorError, safe_open
 
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a directory, not a file that save() wrote.")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}

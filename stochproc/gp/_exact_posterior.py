@@ -163,14 +163,20 @@ class ExactPosterior:
         Warns
         -----
         NumericalWarning
-            If the covariance needed more jitter than 1e-10 (float32: 1e-6) of its mean diagonal.
+            If the covariance needed more jitter than 1e-10 (float32: 1e-6) of the mean prior variance of new
+            and training points; that much is added silently where rounding asks for it.
         """
         total = self.covariance(X)
         if noise:
             total.diagonal().add_(self.noise)
-        # A posterior covariance of nearby points is singular to rounding: the first jitter is part of the
-        # drawing.
-        jitter = 1e-10 if total.dtype == torch.float64 else 1e-6
+        # A posterior covariance of nearby or known points is singular to rounding of the prior variances that
+        # cancelled in it, so the first jitter, relative to those, is part of the drawing.
+        level = 1e-10 if total.dtype == torch.float64 else 1e-6
+        prior = torch.cat([self.kernel.diag(X), self.kernel.diag(self.X)]).mean()
+        first = (level * prior).clamp(min=torch.finfo(total.dtype).tiny)
+        if bool(total.diagonal().abs().mean() < first):
+            total.diagonal().add_(first)
+        jitter = float(first / total.diagonal().abs().mean())
         root = cholesky_or_raise(total, "the posterior covariance", jitter=jitter, points=X)
         return self.scale.sample_joint(self.mean(X), root, n_samples, generator=generator)
 

@@ -256,9 +256,11 @@ def _diagnosis(A: Tensor, result: Result[Tensor], points: "Tensor | None") -> st
     if result.status is not Status.BREAKDOWN:
         return "."
     first = tuple(result.stats["failed"].nonzero()[0].tolist())
-    low, high = _extreme_eigenvalues(A[first])
-    condition = high / abs(low) if low else math.inf
-    text = f"; eigenvalues from {low:.3g} to {high:.3g} (condition about {condition:.1e})"
+    low, high, smallest = _extreme_eigenvalues(A[first])
+    condition = max(abs(low), abs(high)) / smallest if smallest else math.inf
+    # Above the size for all eigenvalues, one inside the spectrum may be smaller than both ends.
+    how = "about" if A.shape[-1] <= DENSE_EIGENVALUES_UP_TO else "at least"
+    text = f"; eigenvalues from {low:.3g} to {high:.3g} (condition {how} {condition:.1e})"
     if points is not None and points.shape[-2] > 1:
         x = points.detach().expand(*A.shape[:-2], *points.shape[-2:])[first]
         distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
@@ -267,11 +269,14 @@ def _diagnosis(A: Tensor, result: Result[Tensor], points: "Tensor | None") -> st
     return text + "."
 
 
-def _extreme_eigenvalues(A: Tensor) -> tuple[float, float]:
-    """Smallest and largest eigenvalue; beyond a thousand rows to 1 % of the largest."""
+def _extreme_eigenvalues(A: Tensor) -> tuple[float, float, float]:
+    """Smallest and largest eigenvalue, and the smallest size of one; beyond a thousand rows of the two ends.
+
+    The ends are then known to 1 % of the largest.
+    """
     if A.shape[-1] <= DENSE_EIGENVALUES_UP_TO:
         values = torch.linalg.eigvalsh(A.double())
-        return float(values[0]), float(values[-1])
+        return float(values[0]), float(values[-1]), float(values.abs().min())
     import numpy as np
     from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -280,4 +285,5 @@ def _extreme_eigenvalues(A: Tensor) -> tuple[float, float]:
     high = float(eigsh(matrix, k=1, **options)[0])
     # Shifted, the smallest eigenvalue is the largest: Lanczos finds it without resolving the cluster near 0.
     shifted = LinearOperator(matrix.shape, matvec=lambda v: high * v - matrix @ v, dtype=matrix.dtype)
-    return high - float(eigsh(shifted, k=1, **options)[0]), high
+    low = high - float(eigsh(shifted, k=1, **options)[0])
+    return low, high, min(abs(low), abs(high))

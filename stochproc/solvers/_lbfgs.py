@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stochproc._checks import check_integer, check_positive
 from stochproc._random import make_generator
-from stochproc.solvers._loss_of_vector import LossOfVector
+from stochproc.solvers._loss_of_vector import LossOfVector, Point
 from stochproc.solvers._result import Callback, Convergence, Result, SolverState, Status
 
 __all__ = ["LBFGS", "Start"]
@@ -49,7 +49,8 @@ class LBFGS:
         logarithms this puts the loss within 0.1 nat of the minimum in every direction of curvature above 5e-6
         nat, also where the loss is a sum over very many data. A small relative decrease never counts as
         convergence by itself: a start that cannot decrease the loss further ends as ``STAGNATED``, unless the
-        gradient is below ``sqrt(eps) * max(1, abs(loss))``, about what rounding in the dtype of the loss hides.
+        gradient is below ``sqrt(eps) * max(1, abs(loss))``, about what rounding hides, with eps that of the
+        dtype of the loss or as given to the call.
     memory : int, default=20
         Pairs of steps and gradient changes kept.
     n_restarts : int, default=1
@@ -86,6 +87,7 @@ class LBFGS:
         generator: "torch.Generator | None" = None,
         callback: "Callback | None" = None,
         verbose: "bool | int" = 0,
+        eps: "float | Callable[[], float] | None" = None,
     ) -> Result[float]:
         """Minimise ``loss()``; the parameters are left at the best point that was evaluated, however it ends.
 
@@ -110,6 +112,11 @@ class LBFGS:
             parameters hold the iterate. Returning True ends the whole call with ``STOPPED``.
         verbose : int, default=0
             1 shows a progress bar for each start.
+        eps : float, callable or None, default=None
+            Relative rounding of the loss, which decides what gradient it hides; never taken below the eps of
+            the dtype of the loss or a parameter, which is also what None means. A loss that sums float32 work
+            in float64, or an ill-conditioned one, should say so. A callable takes nothing and is asked where a
+            start ended, with the parameters there.
 
         Returns
         -------
@@ -131,7 +138,9 @@ class LBFGS:
             not depend on the parameters. Any other exception of ``loss`` passes through, ``KeyboardInterrupt``
             too; the best point is restored first.
         """
-        problem = LossOfVector(loss, parameters, bounds)
+        if eps is not None and not callable(eps):
+            check_positive("eps", eps)
+        problem = LossOfVector(loss, parameters, bounds, eps)
         if self.n_restarts > 1:
             generator = make_generator(generator)
         starts: list[Start] = []
@@ -207,21 +216,21 @@ class LBFGS:
         if stopped:
             status, message = Status.STOPPED, f"the callback stopped it with projected gradient {residual:.3g}"
         else:
-            status, message, _ = self._classify(problem, last.loss, residual, len(history), reason)
+            status, message, _ = self._classify(problem, last, residual, len(history), reason)
         return Start(last.loss, status, message, len(history), residual, tuple(history))
 
     def _classify(
-        self, problem: LossOfVector, loss: float, residual: float, iterations: int, reason: str
+        self, problem: LossOfVector, point: Point, residual: float, iterations: int, reason: str
     ) -> tuple[Status, str, float]:
         """Status, message and the tolerance met or missed, by the projected gradient, not by scipy's word."""
         gradient = f"projected gradient {residual:.3g}"
-        tolerance = self.tol * _scale(loss)
-        # Rounding by eps |loss| hides gradients up to sqrt(2 h eps |loss|), with curvature h of order |loss|.
-        floor = math.sqrt(problem.eps) * max(1.0, abs(loss))
+        tolerance = self.tol * _scale(point.loss)
         if residual <= tolerance:
             return Status.CONVERGED, gradient, tolerance
         if iterations >= self.max_iter:
             return Status.MAX_ITER, f"{iterations} iterations done with {gradient}; raise max_iter", tolerance
+        # Rounding by eps |loss| hides gradients up to sqrt(2 h eps |loss|), with curvature h of order |loss|.
+        floor = math.sqrt(problem.rounding(point)) * max(1.0, abs(point.loss))
         if residual <= floor:
             return Status.CONVERGED, f"{gradient}, the least that rounding in the loss allows", floor
         message = f"no lower loss found, with {gradient} ({reason})"
@@ -237,7 +246,11 @@ class LBFGS:
             point = problem.evaluate(problem.best_x)
             residual = math.inf if point is None else problem.projected_gradient(point)
             status, message, tolerance = self._classify(
-                problem, problem.best_loss, residual, start.iterations, "the best point is not the last"
+                problem,
+                point or Point(problem.best_x, problem.best_loss, problem.first),
+                residual,
+                start.iterations,
+                "the best point is not the last",
             )
             if status is start.status:
                 message = start.message

@@ -24,10 +24,22 @@ class Point(NamedTuple):
 
 
 class LossOfVector:
-    """A loss over torch parameters as a function of one float64 vector, which remembers its best point."""
+    """A loss over torch parameters as a function of one float64 vector, which remembers its best point.
+
+    Parameters
+    ----------
+    loss, parameters, bounds
+        As in ``LBFGS.__call__``.
+    eps : float, callable or None, default=None
+        As in ``LBFGS.__call__``.
+    """
 
     def __init__(
-        self, loss: Callable[[], Tensor], parameters: Iterable[Tensor], bounds: "Sequence[Any] | None"
+        self,
+        loss: Callable[[], Tensor],
+        parameters: Iterable[Tensor],
+        bounds: "Sequence[Any] | None",
+        eps: "float | Callable[[], float] | None" = None,
     ) -> None:
         everything = _check_parameters(parameters)
         if bounds is None:
@@ -44,7 +56,9 @@ class LossOfVector:
         self.bounded = bool(np.isfinite(self.low).any() or np.isfinite(self.high).any())
         self.first = np.clip(_flat(self.before), self.low, self.high)
         # The coarsest arithmetic in play limits how small a decrease can be seen.
-        self.eps = max([torch.finfo(p.dtype).eps for p in self.parameters], default=torch.finfo(torch.float64).eps)
+        finest = torch.finfo(torch.float64).eps
+        self.eps = max([torch.finfo(p.dtype).eps for p in self.parameters], default=finest)
+        self.given_eps = eps
         self.evaluations = self.failures = 0
         self.last_failure = ""
         self.best_x: np.ndarray | None = None
@@ -87,6 +101,14 @@ class LossOfVector:
         promised = abs(float(self.iterate.gradient @ (x - self.iterate.x)))
         rise = max(0.1 * promised if math.isfinite(promised) else 0.0, 1e-12 * max(1.0, abs(self.iterate.loss)))
         return self.iterate.loss + rise, np.zeros_like(x)
+
+    def rounding(self, point: Point) -> float:
+        """Relative rounding of the loss at a point; the parameters are left there."""
+        if self.given_eps is None:
+            return self.eps
+        self._write(point.x)
+        given = self.given_eps() if callable(self.given_eps) else self.given_eps
+        return max(self.eps, float(given))
 
     def projected_gradient(self, point: Point) -> float:
         """Max-norm of x - P(x - g), zero exactly at a stationary point within the bounds."""

@@ -326,3 +326,26 @@ def test_cuda_parameters_reach_the_closed_form(device):
     result = LBFGS()(lambda: (x - target).square().sum(), [x])
     assert result.ok
     torch.testing.assert_close(x.detach(), target, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["unknown", "number", "callable"])
+def test_the_rounding_that_a_caller_states_decides_what_gradient_counts_as_none(how):
+    # The value is rounded to single precision and the gradient is off by 0.01, as of a loss computed in float32.
+    eps = torch.finfo(torch.float32).eps
+    x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def loss():
+        smooth = 1000 + (x - 0.1).square()
+        return smooth + (smooth.detach().float().double() - smooth.detach()) + 0.01 * (x - x.detach())
+
+    result = LBFGS(tol=1e-15)(loss, [x], eps={"unknown": None, "number": eps, "callable": lambda: eps}[how])
+    assert result.status is (Status.STAGNATED if how == "unknown" else Status.CONVERGED)
+    # Values are equal to rounding within sqrt(1000 eps) = 0.011 of the minimum.
+    assert x.item() == pytest.approx(0.1, abs=0.011)
+
+
+@pytest.mark.bad_input
+def test_a_rounding_that_is_not_positive_is_refused():
+    x = torch.zeros(1, requires_grad=True)
+    with pytest.raises(ValueError, match="eps must be positive"):
+        LBFGS()(lambda: x.square().sum(), [x], eps=-1.0)
