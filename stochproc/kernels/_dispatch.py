@@ -16,8 +16,8 @@ BACKENDS = ("auto", "chunked", "dense", "keops")
 
 # Every number with the benchmark that gave it.
 THRESHOLDS = {
-    # benchmarks/bench_kernels.py, table "crossover", one x86 core: up to about n m = 1e6 the dense block
-    # fits the cache and both take the same time; from 5000 x 5000 chunked is 1.4 to 4 times faster.
+    # benchmarks/bench_kernels.py, table "crossover", one x86 core: up to about n m = 1e6 the dense matrix
+    # is as fast or up to 1.3 times faster; from 3000 x 3000 chunked is 2 to 3 times faster.
     "cpu_dense_max_pairs": 1_000_000,
     # Provisional, no GPU timing backs the next three: run benchmarks/bench_kernels.py on a CUDA device.
     "cuda_dense_max_pairs": 4_000_000,
