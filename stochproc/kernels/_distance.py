@@ -100,9 +100,12 @@ def augment(
     uu, ww = (u * u).sum(-1, keepdim=True), (w * w).sum(-1, keepdim=True)
     largest = torch.stack([t.detach().max() for t in (uu, ww) if t.numel()] or [uu.new_zeros(())]).max().item()
     if not math.isfinite(largest):
-        raise ValueError(
-            "x and y must be finite, and their distances in lengthscales below 1e154 so that squares fit; got a "
-            f"largest squared norm of {largest}."
+        if not bool(x.detach().isfinite().all() and y.detach().isfinite().all()):
+            raise ValueError("x and y must be finite; got NaN or infinity.")
+        # Not a ValueError: a search that tries a tiny lengthscale shall back off from it.
+        raise OverflowError(
+            "x and y must be less than 1e154 lengthscales apart, so that squares fit; got a largest squared norm of "
+            f"{largest}. The lengthscale is too small for these points."
         )
     a = torch.cat([-2 * u, uu, torch.ones_like(uu)], -1)
     b = torch.cat([w, torch.ones_like(ww), ww], -1)

@@ -95,8 +95,9 @@ class LBFGS:
         ----------
         loss : callable
             Takes nothing and returns a 0-dim tensor that depends on the parameters. Raising
-            ``NotPositiveDefiniteError`` or ``torch.linalg.LinAlgError`` (or linear_operator's ``NotPSDError``
-            or ``NanError``), or returning a value or gradient with NaN or infinity, marks the point as failed.
+            ``NotPositiveDefiniteError``, ``OverflowError``, ``FloatingPointError`` or ``torch.linalg.LinAlgError``
+            (or linear_operator's ``NotPSDError`` or ``NanError``), or returning a value or gradient with NaN or
+            infinity, marks the point as failed.
             The line search sees a value above the current one with zero gradient there, and takes a shorter
             step. It must be deterministic: fix the noise of a Monte Carlo loss.
         parameters : iterable of Tensor

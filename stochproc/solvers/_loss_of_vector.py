@@ -198,6 +198,11 @@ def _ends(i: int, parameter: Tensor, bound: Any) -> tuple[Tensor, Tensor]:
 
 def _failures() -> tuple[type[BaseException], ...]:
     """Exceptions that mark a point as failed; linear_operator's only if it is loaded already."""
-    known: tuple[type[BaseException], ...] = (NotPositiveDefiniteError, torch.linalg.LinAlgError)
+    known: tuple[type[BaseException], ...] = (
+        NotPositiveDefiniteError,
+        torch.linalg.LinAlgError,
+        OverflowError,
+        FloatingPointError,
+    )
     errors = sys.modules.get("linear_operator.utils.errors")
     return known if errors is None else (*known, errors.NotPSDError, errors.NanError)

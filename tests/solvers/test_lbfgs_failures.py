@@ -156,3 +156,16 @@ def test_linear_operator_error_is_a_failed_evaluation():
     result = LBFGS()(loss, [x])
     assert result.ok
     assert result.stats["failed_evaluations"] >= 1
+
+
+def test_an_overflow_is_a_point_to_back_off_from():
+    x = torch.zeros((), requires_grad=True)
+
+    def loss():
+        if x.item() > 0.7:
+            raise OverflowError("too far")
+        return (x - 0.5).square()
+
+    result = LBFGS()(loss, [x])
+    assert result.ok
+    assert x.item() == pytest.approx(0.5)
