@@ -74,7 +74,7 @@ class Numeric(Dual):
 
     f: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor] | None = None
-    kinks: tuple[float, ...] = ()
+    kinks: "tuple[float | int, ...]" = ()
     nodes: int | None = None
 
     def __post_init__(self) -> None:
