@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,10 +61,9 @@ def learn(
 
     A prior with a free scale parameter has the optimum of the Gaussian process with free outputscale in kernel,
     noise and mean, so one search settles them: after some iterations that see the scale, with scale and mean
-    profiled out. What else is free (further
-    parameters of the prior, or a prior whose scale is fixed) is searched from there jointly: from a default
-    start such a search can end in a noise-only optimum hundreds of nats lower. ``ranges`` narrows the range of
-    some parameters of the kernel, by name.
+    profiled out. What else is free (further parameters of the prior, or a prior whose scale is fixed) is searched
+    from there jointly: from a default start such a search can end in a noise-only optimum hundreds of nats lower.
+    ``ranges`` narrows the range of some parameters of the kernel, by name.
     """
     if not _varies(model, y):
         # Residuals that are exactly zero have their best scale at zero: there is nothing to learn from.
@@ -81,16 +81,25 @@ def learn(
         result = approach(model, X, y, search, [p for _, p in kernel], bounds, callback, verbose)
         iterations = 0 if result is None else result.convergence.iterations
     if parameters and (result is None or result.status is not Status.STOPPED):
-        result = search(
-            lambda: model.profile_loss(X, y),
-            parameters,
-            bounds,
-            generator=generator,
-            callback=callback,
-            verbose=verbose,
-            eps=lambda: _rounding(model, X),
-        )
+
+        def profiled(how: LBFGS) -> Result[float]:
+            return how(
+                lambda: model.profile_loss(X, y),
+                parameters,
+                bounds,
+                generator=generator,
+                callback=callback,
+                verbose=verbose,
+                eps=lambda: _rounding(model, X),
+            )
+
+        result = profiled(search)
         iterations += result.convergence.iterations
+        if result.status is Status.STAGNATED:
+            # The curvature gathered along a flat valley can be all rounding; without it a few steps remain.
+            again = profiled(LBFGS(search.max_iter, search.tol, search.memory))
+            iterations += again.convergence.iterations
+            result = replace(again, stats=result.stats | {"evaluations_again": again.stats["evaluations"]})
     _fit_mean_and_scale(model, X, y)
 
     scale = f"log_{model.scale_prior.scale_name}" if model.scale_prior.has_scale else None
