@@ -14,17 +14,19 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from stochproc._base import Given
+from stochproc._options import DTYPES, as_device, plain_bool
 from stochproc._persistence import as_tensor
 from stochproc._random import make_generator
+from stochproc._search import Learned, default_search
+from stochproc._standardise import Standardiser, varies
 from stochproc.exceptions import DataWarning, NumericalWarning
 from stochproc.gp._exact import ScaleMixtureGP
 from stochproc.gp._exact_posterior import ExactPosterior
-from stochproc.gp._hyperparameters import NOISE_FLOOR, Learned, default_search, learn, start_period
+from stochproc.gp._hyperparameters import NOISE_FLOOR, learn, start_period
 from stochproc.gp._predictions import ScaleMixturePredictions
-from stochproc.gp._regressor_parameters import DTYPES, as_device, check_parameters, make_kernel, plain_bool
+from stochproc.gp._regressor_parameters import check_parameters, make_kernel
 from stochproc.gp._scale_posterior import ScalePosterior
 from stochproc.gp._scale_priors import as_scale_prior
-from stochproc.gp._standardise import Standardiser, varies
 
 __all__ = ["ScaleMixtureGPRegressor"]
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stochproc._search import KERNEL_RANGE, Learned, bounds_around, is_log
 from stochproc.exceptions import NotPositiveDefiniteError
 from stochproc.gp._approach import approach
 from stochproc.gp._exact import ScaleMixtureGP
 from stochproc.solvers import LBFGS, Result, Status, safe_cholesky
 
-__all__ = ["NOISE_FLOOR", "Learned", "default_search", "learn", "start_period"]
+__all__ = ["NOISE_FLOOR", "learn", "start_period"]
 
-# Positive hyperparameters of the kernel are searched within these; a given value outside widens them.
-_KERNEL_RANGE = (1e-5, 1e5)
 # Below these shares of the signal the noise cannot be told from rounding of the kernel matrix.
 NOISE_FLOOR = {torch.float64: 1e-8, torch.float32: 1e-5}
 _NOISE_CEILING = 1e5
@@ -27,24 +26,6 @@ _TAIL_RANGE = (0.5, 1e3)
 # Frequencies that a periodic kernel without a given period is started from, and rows to compare them on.
 _HALF_CYCLES = 40
 _ROWS_OF_PERIODS = 500
-
-
-class Learned(NamedTuple):
-    """How the search ended."""
-
-    result: Result[float] | None
-    converged: bool
-    n_iter: int
-
-
-def default_search(n_restarts: int) -> LBFGS:
-    """Return the search that an estimator runs unless it is given one.
-
-    A projected gradient of 1e-5 |log p(y)| in the logarithms leaves the likelihood within 0.1 nat of its maximum in
-    every direction of curvature that matters. With noise-free targets, where the matrix has a condition number of
-    some 1e8, rounding hides smaller gradients.
-    """
-    return LBFGS(tol=1e-5, n_restarts=n_restarts)
 
 
 def learn(
@@ -70,10 +51,12 @@ def learn(
         return Learned(None, True, 0)
     kernel = [(n, p) for n, p in model.kernel.named_parameters() if p.requires_grad]
     parameters = [p for _, p in kernel]
-    bounds: list[Any] = [_bounds(p, (ranges or {}).get(n, _KERNEL_RANGE)) if _is_log(n) else None for n, p in kernel]
+    bounds: list[Any] = [
+        bounds_around(p, (ranges or {}).get(n, KERNEL_RANGE)) if is_log(n) else None for n, p in kernel
+    ]
     if model.log_noise.requires_grad:
         parameters.append(model.log_noise)
-        bounds.append(_bounds(model.log_noise, (NOISE_FLOOR[X.dtype], _NOISE_CEILING)))
+        bounds.append(bounds_around(model.log_noise, (NOISE_FLOOR[X.dtype], _NOISE_CEILING)))
 
     result: Result[float] | None = None
     iterations = 0
@@ -107,7 +90,7 @@ def learn(
     extra = [(n, p) for n, p in prior if n != scale]
     if (scale is None or extra) and (result is None or result.status != "stopped"):
         parameters += [p for _, p in prior]
-        bounds += [_bounds(p, _TAIL_RANGE) if n == "log_a" else None for n, p in prior]
+        bounds += [bounds_around(p, _TAIL_RANGE) if n == "log_a" else None for n, p in prior]
         if model.constant_mean is not None and model.constant_mean.requires_grad:
             parameters.append(model.constant_mean)
             bounds.append(None)
@@ -141,7 +124,7 @@ def start_period(model: ScaleMixtureGP, X: Tensor, y: Tensor) -> dict[str, tuple
     best, best_loss = 0, math.inf
     for half_cycles in range(1, _HALF_CYCLES + 1):
         period = 2 * width / half_cycles
-        if not _KERNEL_RANGE[0] <= period <= _KERNEL_RANGE[1]:
+        if not KERNEL_RANGE[0] <= period <= KERNEL_RANGE[1]:
             continue
         kernel.period = period
         try:
@@ -187,12 +170,3 @@ def _varies(model: ScaleMixtureGP, y: Tensor) -> bool:
     centred = y - y.mean(0) if model.constant_mean is not None else y
     rounding = 10 * torch.finfo(y.dtype).eps * y.abs().max().clamp(min=1.0)
     return bool(centred.abs().max() > rounding)
-
-
-def _is_log(name: str) -> bool:
-    return name.rsplit(".", 1)[-1].startswith("log_")
-
-
-def _bounds(parameter: Tensor, allowed: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    value = parameter.detach()
-    return value.clamp(max=math.log(allowed[0])), value.clamp(min=math.log(allowed[1]))

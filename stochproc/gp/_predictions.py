@@ -12,10 +12,10 @@ from stochproc._base import Given, ProbabilisticRegressorMixin, check_levels
 from stochproc._checks import check_integer
 from stochproc._persistence import as_tensor
 from stochproc._random import make_generator
+from stochproc._standardise import Standardiser, within_range
 from stochproc.gp._exact_posterior import ExactPosterior
 from stochproc.gp._predictive import Predictive
 from stochproc.gp._scale_posterior import ScalePosterior
-from stochproc.gp._standardise import Standardiser, within_range
 
 __all__ = ["ScaleMixturePredictions"]
 
