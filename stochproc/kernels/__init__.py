@@ -11,6 +11,7 @@ from stochproc.kernels._keops import keops_status
 from stochproc.kernels._operator import KernelOperator
 from stochproc.kernels._pair import Pair
 from stochproc.kernels._reduce import argmin, expsum, kmin, logsumexp, matvec
+from stochproc.kernels._state_space import StateSpace
 from stochproc.kernels._stationary import RBF, Matern, Periodic, Radial, RationalQuadratic
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Radial",
     "RationalQuadratic",
     "Scale",
+    "StateSpace",
     "Sum",
     "argmin",
     "as_gpytorch",

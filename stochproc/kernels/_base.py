@@ -16,6 +16,7 @@ from stochproc.kernels._parameters import as_hyperparameter, call_with_parameter
 
 if TYPE_CHECKING:
     from stochproc.kernels._operator import KernelOperator
+    from stochproc.kernels._state_space import StateSpace
 
 Tensors = tuple[Tensor, ...]
 
@@ -214,15 +215,31 @@ class Kernel(torch.nn.Module):
         """
         return None
 
-    def state_space(self) -> Any:
-        """Return the state-space form, where one exists.
+    def state_space(self, order: int | None = None) -> StateSpace:
+        """Return the state-space form of the process on a line, where one exists.
+
+        Parameters
+        ----------
+        order : int, default=None
+            Order of the approximation where the form is not exact: 2 to 8 for :class:`RBF` (None: 6), harmonics
+            for :class:`Periodic` (None: 7). Sums, products and scalings hand it to their parts.
+
+        Returns
+        -------
+        StateSpace
+            Its matrices hang in the autograd graph of the hyperparameters: ask again after each optimiser step.
 
         Raises
         ------
         NotImplementedError
-            If this kernel has none.
+            If this kernel, or a part of it, has none, or acts on several columns.
+        ValueError
+            If a factor of a product is not stationary, or ``order`` is out of range.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no state-space form.")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no state-space form; RBF, Matern, Periodic, Linear and their sums, products "
+            "and multiples have one."
+        )
 
     def operator(
         self,

@@ -13,6 +13,8 @@ from torch import Tensor
 from stochproc._checks import check_integer
 from stochproc.kernels._base import Kernel, Prepared, Tensors, plain
 from stochproc.kernels._parameters import positive
+from stochproc.kernels._state_space import StateSpace
+from stochproc.kernels._state_space_algebra import BlockStateSpace, ScaledStateSpace, multiply
 
 __all__ = ["ActiveDims", "Product", "Scale", "Sum"]
 
@@ -90,6 +92,16 @@ class _Combination(Kernel):
     def _parts(self) -> list[Kernel]:
         return [k for k in self.kernels if isinstance(k, Kernel)]
 
+    def _state_spaces(self, order: int | None) -> list[StateSpace]:
+        """State spaces of the parts; the error names the part that has none."""
+        forms = []
+        for i, k in enumerate(self._parts(), 1):
+            try:
+                forms.append(k.state_space(order))
+            except NotImplementedError as error:
+                raise NotImplementedError(f"in part {i} of a {type(self).__name__}: {error}") from None
+        return forms
+
 
 class Sum(_Combination):
     """Sum of kernels: the process is a sum of independent parts.
@@ -104,6 +116,10 @@ class Sum(_Combination):
     def _combine(left: Any, right: Any) -> Any:
         return left + right
 
+    def state_space(self, order: int | None = None) -> StateSpace:
+        """Return the states of the parts side by side; see :meth:`Kernel.state_space`."""
+        return BlockStateSpace(self._state_spaces(order), joint=False)
+
 
 class Product(_Combination):
     """Product of kernels, for instance of one periodic and one slowly decaying.
@@ -117,6 +133,10 @@ class Product(_Combination):
     @staticmethod
     def _combine(left: Any, right: Any) -> Any:
         return left * right
+
+    def state_space(self, order: int | None = None) -> StateSpace:
+        """Return the Kronecker product of the states of stationary parts; see :meth:`Kernel.state_space`."""
+        return multiply(self._state_spaces(order))
 
 
 class Scale(Kernel):
@@ -163,6 +183,10 @@ class Scale(Kernel):
 
         inner = self.kernel.formula(x, y)
         return inner * parameter_of(self.outputscale, inner)
+
+    def state_space(self, order: int | None = None) -> StateSpace:
+        """Return the form of the kernel with its variances multiplied; see :meth:`Kernel.state_space`."""
+        return ScaledStateSpace(self.kernel.state_space(order), self.outputscale)
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Kernel.config`."""
@@ -216,6 +240,12 @@ class ActiveDims(Kernel):
     def formula(self, x: Tensor, y: Tensor) -> Any:
         """Return the symbolic KeOps matrix; see :meth:`Kernel.formula`."""
         return self.kernel.formula(self._columns(x), self._columns(y))
+
+    def state_space(self, order: int | None = None) -> StateSpace:
+        """Return the form of the kernel if column 0 is all it sees; see :meth:`Kernel.state_space`."""
+        if self.dims != (0,):
+            raise NotImplementedError(f"a state space has one input column, number 0; ActiveDims sees {self.dims}.")
+        return self.kernel.state_space(order)
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Kernel.config`."""

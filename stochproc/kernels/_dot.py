@@ -9,7 +9,9 @@ from torch import Tensor
 from stochproc._checks import check_integer
 from stochproc.kernels._base import Kernel, Prepared, Tensors, check_points
 from stochproc.kernels._pair import Pair
-from stochproc.kernels._parameters import positive, with_parameters
+from stochproc.kernels._parameters import one_column, positive, with_parameters
+from stochproc.kernels._state_space import StateSpace
+from stochproc.kernels._state_space_noiseless import LinearStateSpace
 
 __all__ = ["Dot", "Linear", "Polynomial"]
 
@@ -107,6 +109,10 @@ class Linear(Dot):
     def profile(self, dot: Any) -> Any:
         """Return bias + variance * dot."""
         return dot * self._own("variance", dot) + self._own("bias", dot)
+
+    def state_space(self, order: int | None = None) -> StateSpace:
+        """Return the exact form on one column, from time 0 on and back; see :meth:`Kernel.state_space`."""
+        return LinearStateSpace(one_column(self, "variance"), one_column(self, "bias"))
 
 
 class Polynomial(Dot):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stochproc._checks import check_positive
 
-__all__ = ["as_hyperparameter", "call_with_parameters", "positive", "with_parameters"]
+__all__ = ["as_hyperparameter", "call_with_parameters", "one_column", "positive", "with_parameters"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -80,3 +80,14 @@ def as_hyperparameter(name: str, value: Any) -> Tensor:
     if not (number or sequence or hasattr(value, "__array__")):
         raise TypeError(f"{name} must be a number, a sequence or a tensor; got {type(value).__name__}.")
     return torch.as_tensor(value, dtype=torch.float64).detach()
+
+
+def one_column(kernel: torch.nn.Module, name: str) -> Tensor:
+    """Return the positive hyperparameter, shape (*batch, 1), after checking that it is not one a column."""
+    value = getattr(kernel, f"log_{name}").exp()
+    if value.shape[-1] != 1:
+        raise NotImplementedError(
+            f"{type(kernel).__name__} has {value.shape[-1]} entries of {name}, one a column; a state space needs one "
+            "input column, time."
+        )
+    return value

@@ -365,7 +365,7 @@ def test_the_matrix_is_positive_semidefinite(gen):
         (lambda: RBF()([[1.0]]), TypeError, "x must be a torch.Tensor"),
         (lambda: RBF()(torch.zeros(2, 3, 1), torch.zeros(3, 3, 1)), ValueError, "batch shapes"),
         (lambda: Kernel()(torch.zeros(2, 1)), NotImplementedError, "must define forward"),
-        (lambda: RBF().state_space(), NotImplementedError, "no state-space form"),
+        (lambda: RationalQuadratic().state_space(), NotImplementedError, "no state-space form"),
         (lambda: Periodic().gram(None), NotImplementedError, "needs points"),
     ],
 )
