@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +13,17 @@ from torch import Tensor
 
 from stochproc import _persistence
 
-__all__ = ["Given", "ProbabilisticRegressorMixin", "as_array", "as_numbers", "check_levels"]
+__all__ = [
+    "FLOATS",
+    "Given",
+    "ProbabilisticRegressorMixin",
+    "as_array",
+    "as_numbers",
+    "check_levels",
+    "old_fit_unless_new",
+]
 
-_FLOATS = [np.float64, np.float32]
+FLOATS = [np.float64, np.float32]
 
 
 class Given(NamedTuple):
@@ -56,7 +66,7 @@ def as_numbers(name: str, value: np.ndarray) -> np.ndarray:
     """
     if value.dtype.kind not in "buifO":
         raise ValueError(f"{name} must hold real numbers; got dtype {value.dtype}.")
-    if value.dtype in _FLOATS:
+    if value.dtype in FLOATS:
         return value
     try:
         out = value.astype(np.float64)
@@ -78,6 +88,23 @@ def check_levels(name: str, value: Any) -> np.ndarray:
     return levels
 
 
+# What scikit-learn's validation sets before anything is fitted.
+_SET_BY_VALIDATION = ("n_features_in_", "feature_names_in_")
+
+
+@contextmanager
+def old_fit_unless_new(estimator: Any, marker: str) -> Iterator[None]:
+    """Leave an estimator as it was, unfitted or with its old fit, unless the block sets ``marker`` anew."""
+    old = {name: vars(estimator)[name] for name in (marker, *_SET_BY_VALIDATION) if name in vars(estimator)}
+    try:
+        yield
+    finally:
+        if vars(estimator).get(marker) is old.get(marker):
+            for name in _SET_BY_VALIDATION:
+                estimator.__dict__.pop(name, None)
+            estimator.__dict__.update(old)
+
+
 class ProbabilisticRegressorMixin:
     """The part of the contract of probabilistic regressors that does not depend on the model.
 
@@ -87,12 +114,12 @@ class ProbabilisticRegressorMixin:
 
     def _validated(self, X: Any) -> Any:
         """Run scikit-learn's validation of inputs to predict at: arrays, frames or tensors."""
-        return validate_data(self, as_array(X), dtype=_FLOATS, reset=False)
+        return validate_data(self, as_array(X), dtype=FLOATS, reset=False)
 
     def _validated_pair(self, X: Any, y: Any, **options: Any) -> tuple[Any, Any]:
         """Run scikit-learn's validation of inputs and targets."""
         inputs, targets = validate_data(
-            self, as_array(X), as_array(y), dtype=_FLOATS, y_numeric=True, multi_output=True, **options
+            self, as_array(X), as_array(y), dtype=FLOATS, y_numeric=True, multi_output=True, **options
         )
         return inputs, as_numbers("y", targets)
 

@@ -22,7 +22,6 @@ def check_options(estimator: Any) -> None:
     if not isinstance(estimator.optimizer, LBFGS):
         check_choice("optimizer", estimator.optimizer, ("lbfgs", None))
     check_integer("n_restarts", estimator.n_restarts, 1)
-    check_choice("dtype", estimator.dtype, tuple(DTYPES))
     check_integer("verbose", int(estimator.verbose) if isinstance(estimator.verbose, bool) else estimator.verbose, 0)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import warnings
+from typing import Any, NamedTuple
 
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from stochproc.solvers import LBFGS, Result
 
-__all__ = ["KERNEL_RANGE", "Learned", "bounds_around", "default_search", "is_log"]
+__all__ = ["KERNEL_RANGE", "Learned", "bounds_around", "default_search", "is_log", "warn_unless_converged"]
 
 # Positive hyperparameters of the kernel are searched within these; a given value outside widens them.
 KERNEL_RANGE = (1e-5, 1e5)
@@ -42,3 +44,16 @@ def bounds_around(parameter: Tensor, allowed: tuple[float, float]) -> tuple[Tens
     """Return bounds of a logarithm: the range allowed, widened where the value lies outside it."""
     value = parameter.detach()
     return value.clamp(max=math.log(allowed[0])), value.clamp(min=math.log(allowed[1]))
+
+
+def warn_unless_converged(estimator: Any) -> None:
+    """Warn the caller of ``fit`` where the search stopped early."""
+    if not estimator.converged_:
+        result = estimator.optimizer_result_
+        why = result.convergence.message if result is not None else "stopped"
+        warnings.warn(
+            f"the search for hyperparameters ended without meeting its tolerance: {why}. The best ones found "
+            "are used. Pass optimizer=LBFGS(max_iter=...) or more n_restarts for a longer search.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from stochproc._base import Given
+from stochproc._base import Given, old_fit_unless_new
 from stochproc._options import DTYPES, as_device, plain_bool
 from stochproc._persistence import as_tensor
 from stochproc._random import make_generator
-from stochproc._search import Learned, default_search
+from stochproc._search import Learned, default_search, warn_unless_converged
 from stochproc._standardise import Standardiser, varies
 from stochproc.exceptions import DataWarning, NumericalWarning
 from stochproc.gp._exact import ScaleMixtureGP
@@ -29,9 +28,6 @@ from stochproc.gp._scale_posterior import ScalePosterior
 from stochproc.gp._scale_priors import as_scale_prior
 
 __all__ = ["ScaleMixtureGPRegressor"]
-
-# What scikit-learn's validation sets before anything is fitted.
-_SET_BY_VALIDATION = ("n_features_in_", "feature_names_in_")
 
 
 class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstimator):
@@ -214,24 +210,10 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         hyperparameters so far and ``converged_`` False, and is raised again. After any other failure the estimator
         is what it was before: unfitted, or with its old fit.
         """
-        old = {name: vars(self)[name] for name in ("posterior_", *_SET_BY_VALIDATION) if name in vars(self)}
-        try:
-            # Parameters made in inference mode could not be learned.
-            with torch.inference_mode(False):
-                self._fit(X, y, callback)
-        finally:
-            if vars(self).get("posterior_") is old.get("posterior_"):
-                for name in _SET_BY_VALIDATION:
-                    self.__dict__.pop(name, None)
-                self.__dict__.update(old)
-        if not self.converged_:
-            why = self.optimizer_result_.convergence.message if self.optimizer_result_ is not None else "stopped"
-            warnings.warn(
-                f"the search for hyperparameters ended without meeting its tolerance: {why}. The best ones found "
-                "are used. Pass optimizer=LBFGS(max_iter=...) or more n_restarts for a longer search.",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        # Parameters made in inference mode could not be learned.
+        with old_fit_unless_new(self, "posterior_"), torch.inference_mode(False):
+            self._fit(X, y, callback)
+        warn_unless_converged(self)
         return self
 
     def _fit(self, X: Any, y: Any, callback: Callable[[Any], Any] | None) -> None:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from stochproc._checks import check_choice, check_positive
-from stochproc._options import check_options, plain_bool
+from stochproc._options import DTYPES, check_options, plain_bool
 from stochproc.kernels import Kernel, Periodic, Radial, Scale, as_kernel
 
 __all__ = ["check_parameters", "make_kernel"]
@@ -18,6 +18,7 @@ def check_parameters(estimator: Any) -> None:
     check_options(estimator)
     check_choice("noise_model", estimator.noise_model, ("scaled",))
     check_choice("normalize_X", plain_bool(estimator.normalize_X), (True, False, "global"))
+    check_choice("dtype", estimator.dtype, tuple(DTYPES))
     check_choice("solver", estimator.solver, ("auto", "cholesky"))
     check_positive("noise", estimator.noise, zero=True)
 
