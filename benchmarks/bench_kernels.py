@@ -98,9 +98,6 @@ def backend_targets(args: argparse.Namespace) -> list[dict[str, Any]]:
                     difference=worst,
                 )
             )
-    later = "not yet built (issue: shared solvers)"
-    rows.append({"case": "CG / linear_operator at equal true residual 1e-6, n=10000", "note": later})
-    rows.append({"case": "two ranks / one rank, CPU time per rank, n=4001", "note": later})
     return rows
 
 

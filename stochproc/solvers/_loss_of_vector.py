@@ -77,7 +77,7 @@ class LossOfVector:
                 loss = self.loss()
                 self._check_loss(loss)
                 gradients = self._gradients(loss)
-        except _failures() as error:
+        except failure_types() as error:
             return self._failed(f"{type(error).__name__}: {error}")
         value, gradient = float(loss.detach()), _flat(gradients)
         self.eps = max(self.eps, torch.finfo(loss.dtype).eps)
@@ -196,7 +196,7 @@ def _ends(i: int, parameter: Tensor, bound: Any) -> tuple[Tensor, Tensor]:
     return ends[0], ends[1]
 
 
-def _failures() -> tuple[type[BaseException], ...]:
+def failure_types() -> tuple[type[BaseException], ...]:
     """Exceptions that mark a point as failed; linear_operator's only if it is loaded already."""
     known: tuple[type[BaseException], ...] = (
         NotPositiveDefiniteError,
