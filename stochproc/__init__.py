@@ -1,7 +1,8 @@
 """Modern stochastic-process models for PyTorch, as scikit-learn estimators and as building blocks.
 
 Importing this package loads the standard library alone. Each part is loaded when it is first used:
-``stochproc.gp``, ``stochproc.kernels``, ``stochproc.solvers``, ``stochproc.datasets``.
+``stochproc.gp``, ``stochproc.tensor``, ``stochproc.kernels``, ``stochproc.solvers``,
+``stochproc.datasets``, ``stochproc.distributed``.
 """
 
 import importlib as _importlib
@@ -9,7 +10,7 @@ from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0.dev0"
 
-_PARTS = ("datasets", "exceptions", "gp", "kernels", "solvers")
+_PARTS = ("datasets", "distributed", "exceptions", "gp", "kernels", "solvers", "tensor")
 
 __all__ = ["__version__", *_PARTS]
 
