@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 import torch
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "gpytorch", "linear_operator", "pykeops", "torchsde", "stochproc")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "gpytorch",
+    "linear_operator",
+    "pykeops",
+    "torchsde",
+    "stochproc",
+)
 
 
 class Timings(NamedTuple):

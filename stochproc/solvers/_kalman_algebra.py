@@ -1,7 +1,7 @@
 """Products, Cholesky factors and solves of very many tiny matrices, laid out with the batch axis last.
 
-A matrix has shape (..., rows, columns, m): one call works on the same entry of all m matrices. Up to 24 rows that
-is faster than batched BLAS and LAPACK, which take each matrix for itself, and it runs alike on any device.
+A matrix has shape (..., rows, columns, m): one call works on the same entry of all m matrices, at the full width of
+the machine however small they are, where batched LAPACK takes each matrix for itself.
 """
 
 import torch
@@ -11,7 +11,7 @@ __all__ = ["product", "roots", "solve_beside", "transpose"]
 
 # A product is one elementwise product and a sum while all its terms fit into the cache, else one fused multiply-add
 # a term (table "products" of benchmarks/bench_solvers_kalman.py).
-TERMS_IN_CACHE = 1 << 15
+TERMS_IN_CACHE = 1 << 16
 
 
 def transpose(a: Tensor) -> Tensor:
@@ -20,10 +20,11 @@ def transpose(a: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor, out: "Tensor | None" = None) -> Tensor:
     """Return the products a b of shape (..., rows, columns, m); leading and last axes broadcast."""
-    if b.shape[-3] == 1:
+    if b.size(-3) == 1:
         return torch.mul(a, b, out=out)
-    if a.shape[-3] * b.numel() <= TERMS_IN_CACHE:
-        return torch.sum(a.unsqueeze(-2) * b.unsqueeze(-4), -3, out=out)
+    if a.size(-3) * b.numel() <= TERMS_IN_CACHE:
+        terms = a.unsqueeze(-2) * (b if b.ndim == 3 else b.unsqueeze(-4))
+        return torch.sum(terms, -3, out=out)
     columns, rows = a.unsqueeze(-2).unbind(-3), b.unsqueeze(-4).unbind(-3)
     out = torch.mul(columns[0], rows[0], out=out)
     for column, row in zip(columns[1:], rows[1:], strict=True):

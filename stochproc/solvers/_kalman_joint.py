@@ -1,13 +1,14 @@
-"""Covariances between the outputs at several times, from the adjoints that the smoother leaves."""
+"""What else the adjoints of the smoother give: covariances between times, and predictions without one message."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from stochproc.solvers._kalman_algebra import product
-from stochproc.solvers._kalman_gradient import Run
+from stochproc.solvers._kalman_run import Run
+from stochproc.solvers._kalman_steps import dot
 
-__all__ = ["joint_covariance"]
+__all__ = ["joint_covariance", "left_out"]
 
 
 def joint_covariance(run: Run, positions: Int[Tensor, "batch m"]) -> Float[Tensor, "batch m r m r"]:
@@ -43,6 +44,22 @@ def joint_covariance(run: Run, positions: Int[Tensor, "batch m"]) -> Float[Tenso
         back = order.argsort()
         out[item] = found[back][:, :, back]
     return out
+
+
+def left_out(run: Run) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n"]]:
+    r"""Return D and u of each scalar message, about the data without it; de Jong (1988).
+
+    With the innovation e, its variance F, the gain K and adjoints N, r of the filtered state, all in units of the
+    noise, :math:`D = 1/F + K^\top N K` and :math:`u = e/F - K^\top r`: sums of what is not negative, so nothing
+    cancels however small the noise.
+    """
+    rows, gain = run.filtered.rows[:, 0], run.filtered.gains[:, 0]
+    dim = run.blocks.dim
+    beta = 1.0 / (dot(rows[:, :dim], run.model.h[:, 0], 1) + 1.0)
+    N, r = run.of_filtered[:, :, :dim], run.of_filtered[:, :, dim]
+    D = beta + dot(dot(gain.unsqueeze(2), N, 1), gain, 1)
+    u = (run.model.q[:, 0] - rows[:, dim]) * beta - dot(gain, r, 1)
+    return run.blocks.join(D), run.blocks.join(u)
 
 
 def _pieces(run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

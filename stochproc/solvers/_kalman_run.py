@@ -23,12 +23,13 @@ class Run:
     model: Model
     filtered: Filtered
     of_filtered: Tensor
+    """(length, D, D + 1, m): adjoints of filtered states, see ``adjoint_pass``."""
     of_predicted: Tensor
+    """The same of predicted states."""
     indefinite: Tensor
     """(batch,): a precision is not symmetric positive semidefinite."""
     mismatch: Tensor
     """(batch,): largest disagreement of two blocks about the output where they meet, relative to its scale."""
-
     negative_variance: Tensor
     """(batch,): largest smoothed variance of an output that came out below 0, relative to its filtered scale."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stochproc.solvers._kalman_algebra import product, transpose
 from stochproc.solvers._kalman_gradient import Run
-from stochproc.solvers._kalman_joint import joint_covariance
+from stochproc.solvers._kalman_joint import joint_covariance, left_out
 
 __all__ = ["Smoothed"]
 
@@ -97,6 +97,25 @@ class Smoothed:
         positions = self.positions.expand(*self.log_z.shape, -1).reshape(-1, self.positions.shape[-1])
         found = joint_covariance(self._run, positions)
         return found.reshape(*self.log_z.shape, *found.shape[1:])
+
+    def left_out(self) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
+        r"""Predictions of each observation from all others, for one output (r = 1).
+
+        Returns
+        -------
+        D, u : Tensor of shape (\*batch, n)
+            At ``times``: an observation with noise variance s² has, given all others, predictive variance s² / D and
+            is off by s u / D.
+
+        Raises
+        ------
+        ValueError
+            If there are several outputs.
+        """
+        if self.mean.shape[-1] != 1:
+            raise ValueError(f"left_out needs one output; this model has {self.mean.shape[-1]}.")
+        D, u = left_out(self._run)
+        return D.reshape(self.log_z.shape + D.shape[1:]), u.reshape(self.log_z.shape + u.shape[1:])
 
     def _predicted_cov(self) -> Tensor:
         A, Q = self._run.model.A, self._run.model.Q

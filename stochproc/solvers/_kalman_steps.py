@@ -42,13 +42,14 @@ def element_pass(model: Model, blocks: Blocks) -> Element:
         state.copy_(product(A, state))
         _add_noise(C, A, Q)
         for h, q in zip(hs, qs, strict=True):
-            row = dot(h.unsqueeze(1), state, 0)
+            column = h.unsqueeze(1)
+            row = dot(column, state, 0)
             covariance = row[:dim]
             row[-1] -= q
             v = dot(covariance, h, 0)
             left = row[:-1] / (v + 1.0)
             whole.addcmul_(left.unsqueeze(1), row, value=-1)
-            _settle(C, h, left[:dim])
+            _settle(C, column, left[:dim])
         if linear is not None:
             whole[dim:, -1] += dot(state[:, dim:-1], linear.unsqueeze(1), 0)
             b += dot(C, linear, 1)
@@ -69,12 +70,13 @@ def filter_pass(model: Model, blocks: Blocks, before: Moments) -> Filtered:
         product(A, all_states[s], out=state)
         _add_noise(P, A, Q)
         for h, q, row, gain in zip(hs, qs, rows[s].unbind(0), gains[s].unbind(0), strict=True):
-            dot(h.unsqueeze(1), state, 0, out=row)
+            column = h.unsqueeze(1)
+            dot(column, state, 0, out=row)
             Ph = row[:dim]
             torch.div(Ph, dot(Ph, h, 0) + 1.0, out=gain)
             state.addcmul_(gain.unsqueeze(1), row, value=-1)
             m.addcmul_(gain, q)
-            _settle(P, h, gain)
+            _settle(P, column, gain)
         if linear is not None:
             m += dot(P, linear, 1)
     return Filtered(states, rows, gains)
@@ -87,12 +89,12 @@ def _add_noise(P: Tensor, A: Tensor, Q: Tensor) -> None:
 
 
 def _settle(P: Tensor, h: Tensor, gain: Tensor) -> None:
-    """Correct the covariance after a message where rounding matters.
+    """Correct the covariance after a message, h of shape (D, 1, m), where rounding matters.
 
     P h is ``gain`` by definition; under a very precise message the update leaves rounding errors of the size of the
     covariance before. This is the right factor and the last term of Joseph's form, (P - K h P)(I - h K) + K K.
     """
-    error = dot(h.unsqueeze(1), P, 0).sub_(gain)
+    error = dot(h, P, 0).sub_(gain)
     P.addcmul_(error.unsqueeze(1), gain, value=-1)
 
 

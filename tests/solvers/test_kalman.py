@@ -261,7 +261,7 @@ def test_results_but_the_evidence_are_detached(gen):
     assert not any(x.requires_grad for x in (out.mean, out.cov, out.state_cov, out.predicted_cov, out.times))
 
 
-def test_float32_keeps_its_dtype_and_about_half_its_digits_more(gen):
+def test_float32_keeps_its_dtype_and_all_but_one_of_its_digits(gen):
     ss = matern(1.5).state_space()
     times, y, noise, _ = awkward_series(gen)
     times = times.float().double()
@@ -271,9 +271,9 @@ def test_float32_keeps_its_dtype_and_about_half_its_digits_more(gen):
     for method in METHODS:
         out = kalman_smoother(ss, times.float(), *low[:2], method=method).unwrap()
         assert out.mean.dtype == out.log_z.dtype == torch.float32
-        # 200 steps of rounding, 1e-7 each, not amplified: noise is at least 0.02 of the variance.
-        torch.testing.assert_close(out.mean, expected.mean.float(), rtol=0, atol=3e-5)
-        torch.testing.assert_close(out.cov, expected.cov.float(), rtol=0, atol=3e-5)
+        # Some ten roundings of 1e-7 each: what the filter forgets, it forgets with its rounding.
+        torch.testing.assert_close(out.mean, expected.mean.float(), rtol=0, atol=5e-6)
+        torch.testing.assert_close(out.cov, expected.cov.float(), rtol=0, atol=5e-6)
         torch.testing.assert_close(out.log_z, expected.log_z.float(), rtol=2e-6, atol=0)
 
 
