@@ -10,9 +10,12 @@ from stochproc.kernels._dot import Dot, Linear, Polynomial
 from stochproc.kernels._keops import keops_status
 from stochproc.kernels._operator import KernelOperator
 from stochproc.kernels._pair import Pair
-from stochproc.kernels._reduce import argmin, expsum, kmin, logsumexp, matvec
+from stochproc.kernels._reduce import argmin, kmin, matvec
+from stochproc.kernels._soft import expsum, logsumexp
+from stochproc.kernels._softmax_pass import SoftmaxPass, softmax_pass
 from stochproc.kernels._state_space import StateSpace
 from stochproc.kernels._stationary import RBF, Matern, Periodic, Radial, RationalQuadratic
+from stochproc.kernels._support import support
 
 __all__ = [
     "KERNEL_NAMES",
@@ -32,6 +35,7 @@ __all__ = [
     "Radial",
     "RationalQuadratic",
     "Scale",
+    "SoftmaxPass",
     "StateSpace",
     "Sum",
     "argmin",
@@ -45,4 +49,6 @@ __all__ = [
     "logsumexp",
     "matvec",
     "select_backend",
+    "softmax_pass",
+    "support",
 ]

@@ -89,7 +89,7 @@ class CityBlock(Cost):
         return (u - w).abs().sum(-1)
 
 
-class _UserCost(Cost):
+class UserCost(Cost):
     """A user's function of two blocks of points; of a module, the parameters are differentiated too."""
 
     has_formula = False
@@ -141,5 +141,5 @@ def as_cost(cost: CostLike) -> Cost:
             raise ValueError(f"unknown cost {cost!r}; valid: {', '.join(COSTS)}, or a function of two blocks.")
         return COSTS[cost]
     if callable(cost):
-        return _UserCost(cost)
+        return UserCost(cost)
     raise TypeError(f"cost must be a string or a function of two blocks; got {type(cost).__name__}.")

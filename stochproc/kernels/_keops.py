@@ -12,8 +12,19 @@ import torch
 from torch import Tensor
 
 from stochproc.exceptions import BackendError, BackendWarning
+from stochproc.kernels._dispatch import THRESHOLDS
 
-__all__ = ["keops_status", "pair_of", "parameter_of", "prepare_environment", "usable_or_warn"]
+__all__ = [
+    "column_of",
+    "constant_of",
+    "keops_status",
+    "pair_of",
+    "parameter_of",
+    "prepare_environment",
+    "row_of",
+    "total_of",
+    "usable_or_warn",
+]
 
 _COMPILERS = ("g++", "clang++")
 # What the probe of a (dtype, device type) found: None if KeOps works, else the reason why not.
@@ -63,6 +74,20 @@ def parameter_of(value: Tensor, like: Any) -> Any:
     """Return a hyperparameter (*batch, 1) as a differentiable constant of a formula with ``like`` in it."""
     first = next(iter(like.variables))
     return _lazy_tensor()(value.to(dtype=first.dtype, device=first.device).reshape(*value.shape[:-1], 1, 1, 1))
+
+
+def constant_of(value: Any, x: Tensor) -> Any:
+    """Return a number, or a 0-dim tensor that may require a gradient, as a factor of formulas of the points x."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return _lazy_tensor()(value.reshape(*[1] * (x.ndim + 1)))
+
+
+def total_of(z: Any, x: Tensor, n_terms: int, *, over_rows: bool = False, ranges: Any = None) -> Tensor:
+    """Sum a symbolic matrix over its ``n_terms`` columns (or rows); a long float32 sum is taken in float64."""
+    z.ranges = ranges
+    long = x.dtype == torch.float32 and n_terms > THRESHOLDS["float32_max_terms"]
+    return z.sum(z.nbatchdims + (0 if over_rows else 1), **({"dtype_acc": "float64"} if long else {}))
 
 
 def keops_status(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> str | None:
