@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from stochproc.solvers import LBFGS, Result
+from stochproc.solvers import LBFGS, Result, Status
 
-__all__ = ["KERNEL_RANGE", "Learned", "bounds_around", "default_search", "is_log", "warn_unless_converged"]
+__all__ = [
+    "KERNEL_RANGE",
+    "Learned",
+    "bounds_around",
+    "default_search",
+    "is_log",
+    "search_twice",
+    "warn_unless_converged",
+]
 
 # Positive hyperparameters of the kernel are searched within these; a given value outside widens them.
 KERNEL_RANGE = (1e-5, 1e5)
@@ -33,6 +43,20 @@ def default_search(n_restarts: int) -> LBFGS:
     some 1e8, rounding hides smaller gradients.
     """
     return LBFGS(tol=1e-5, n_restarts=n_restarts)
+
+
+def search_twice(run: Callable[[LBFGS], Result[float]], search: LBFGS) -> tuple[Result[float], int]:
+    """Search, and where that stagnates once more; return the result and the iterations of both.
+
+    The curvature gathered along a flat valley can be all rounding; without it a few steps remain.
+    """
+    result = run(search)
+    iterations = result.convergence.iterations
+    if result.status is not Status.STAGNATED:
+        return result, iterations
+    again = run(LBFGS(search.max_iter, search.tol, search.memory))
+    stats = result.stats | {"evaluations_again": again.stats["evaluations"]}
+    return replace(again, stats=stats), iterations + again.convergence.iterations
 
 
 def is_log(name: str) -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochproc._search import KERNEL_RANGE, Learned, bounds_around, is_log
+from stochproc._search import KERNEL_RANGE, Learned, bounds_around, is_log, search_twice
 from stochproc.exceptions import NotPositiveDefiniteError
 from stochproc.gp._approach import approach
 from stochproc.gp._exact import ScaleMixtureGP
@@ -76,13 +75,8 @@ def learn(
                 eps=lambda: _rounding(model, X),
             )
 
-        result = profiled(search)
-        iterations += result.convergence.iterations
-        if result.status is Status.STAGNATED:
-            # The curvature gathered along a flat valley can be all rounding; without it a few steps remain.
-            again = profiled(LBFGS(search.max_iter, search.tol, search.memory))
-            iterations += again.convergence.iterations
-            result = replace(again, stats=result.stats | {"evaluations_again": again.stats["evaluations"]})
+        result, more = search_twice(profiled, search)
+        iterations += more
     _fit_mean_and_scale(model, X, y)
 
     scale = f"log_{model.scale_prior.scale_name}" if model.scale_prior.has_scale else None

@@ -1,5 +1,6 @@
 """Newton's method for smooth functions of a tensor, with Hessian products only."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -36,8 +37,8 @@ class Newton:
     Parameters
     ----------
     rtol : float or None, default=None
-        Converged when the Euclidean norm of the gradient is at most ``max(rtol * (norm at x0), atol)``. None is
-        1e-8 in float64 and 1e-4 in float32.
+        Less than 1. Converged when the Euclidean norm of the gradient is at most
+        ``max(rtol * (norm at x0), atol)``. None is 1e-8 in float64 and 1e-4 in float32.
     atol : float, default=0.0
         In the unit of the gradient. A start that is already a minimum needs it: a fraction of the rounding in
         its gradient cannot be reached.
@@ -82,6 +83,8 @@ class Newton:
     def __post_init__(self) -> None:
         if self.rtol is not None:
             check_positive("rtol", self.rtol, zero=True)
+            if self.rtol >= 1:
+                raise ValueError(f"rtol must lie in [0, 1); got {self.rtol}.")
         check_positive("atol", self.atol, zero=True)
         check_integer("max_iter", self.max_iter, 1)
         if isinstance(self.linear, str):
@@ -114,7 +117,8 @@ class Newton:
             (``NotPositiveDefiniteError``, ``torch.linalg.LinAlgError``, ``OverflowError``,
             ``FloatingPointError``), makes the line search back off. It must be deterministic.
         x0 : Tensor of any shape
-            Start, float32 or float64; not modified.
+            Start, float32 or float64; not modified. Under ``torch.inference_mode`` the run leaves that mode for a
+            copy of it; what else ``fun`` needs for its gradient must have been made outside.
         grad : callable or None, default=None
             Maps x to the gradient, in its shape; None is autograd.
         hvp : callable or None, default=None
@@ -145,8 +149,11 @@ class Newton:
             If what a function returns has another shape, or ``fun`` does not depend on x.
         """
         check_floating(x0=x0)
-        run = _Run(self, SmoothFunction(fun, grad, hvp), x0)
-        return run.minimise(callback)
+        # Leaving inference mode turns gradients on, which is not for a caller under no_grad alone.
+        inference = torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if inference else contextlib.nullcontext():
+            run = _Run(self, SmoothFunction(fun, grad, hvp), x0)
+            return run.minimise(callback)
 
 
 class _Run:
@@ -162,6 +169,7 @@ class _Run:
         self.shifts: list[float] = []
         self.steps: list[float] = []
         self.linear_iterations = 0
+        self.fell_always = True
 
     def minimise(self, callback: "Callback | None") -> Result[Tensor]:
         """Take steps until one of the ends is reached."""
@@ -170,8 +178,7 @@ class _Run:
             return self._result(Status.NONFINITE, f"fun or its gradient is not finite at x0 ({why})")
         while self.norm > self.tolerance:
             if len(self.history) == self.options.max_iter:
-                message = f"{self.options.max_iter} steps done with gradient norm {self.norm:.3g}; raise max_iter"
-                return self._result(Status.MAX_ITER, message)
+                return self._result(Status.MAX_ITER, self._why_unfinished())
             direction, shift = self._direction()
             if not bool(direction.isfinite().all()):
                 return self._result(Status.NONFINITE, "a Hessian product holds NaN or infinity")
@@ -183,6 +190,7 @@ class _Run:
             line = self._search(direction, slope)
             if not line.accepted:
                 return self._result(Status.STAGNATED, self._why_stuck(slope))
+            self.fell_always &= bool(line.payload.value < self.point.value)
             self.point = line.payload
             self.norm = _norm(self.point.gradient)
             self.history.append(self.norm)
@@ -265,6 +273,17 @@ class _Run:
         if largest > 0:
             return math.sqrt(torch.finfo(self.point.x.dtype).eps) * largest
         return self.norm / max(1.0, _norm(self.point.x))
+
+    def _why_unfinished(self) -> str:
+        message = f"{self.options.max_iter} steps done with gradient norm {self.norm:.3g}; "
+        # Less than the rounding in the norm of a constant gradient is no fall, even in float32.
+        if self.fell_always and min(self.history) >= (1 - 1e-5) * self.norm0:
+            value = float(self.point.value)
+            return message + (
+                f"fun may be unbounded below: its value fell in every step, to {value:.6g}, and its gradient in none; "
+                "bound it, or raise max_iter if it has a minimum"
+            )
+        return message + "raise max_iter"
 
     def _why_stuck(self, slope: float) -> str:
         value = float(self.point.value)

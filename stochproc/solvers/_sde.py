@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stochproc._checks import check_choice, check_floating, check_integer
+from stochproc._checks import check_choice, check_finite, check_floating, check_integer
 from stochproc._random import make_generator
 from stochproc.solvers._recompute import recompute
 from stochproc.solvers._result import Callback, Convergence, Result, SolverState, Status
@@ -55,10 +55,10 @@ def integrate(
 
         For ``method="step"``, instead: ``step(t, y, h, noise)``, which returns the state after a step of size
         ``h`` (a float), and ``noise_shape``, a tuple: noise is then (\*batch, \*noise_shape). All must depend on
-        their arguments alone. ``t`` is a 0-dim tensor of the dtype of ``y``; where each path has its own times,
-        ``t`` and ``h`` are tensors of shape (\*batch, 1).
+        their arguments alone and leave these as they are. ``t`` is a 0-dim tensor of the dtype of ``y``; where
+        each path has its own times, ``t`` and ``h`` are tensors of shape (\*batch, 1).
     y0 : Tensor of shape (\*batch, d)
-        State at ``ts[0]``, float32 or float64.
+        State at ``ts[0]``, float32 or float64, finite; not modified.
     ts : Tensor of shape (n_times,) or (\*batch, n_times), or sequence of float
         Strictly increasing times, of any float dtype (float64 places the grid best, whatever the dtype of
         ``y0``) and on any device. A batch of times, which broadcasts to that of ``y0``, needs the backend
@@ -108,16 +108,17 @@ def integrate(
         If tensors are not float32 or float64 or differ in dtype or device, or ``sde`` lacks a method or
         attribute.
     ValueError
-        If an option is unknown, a shape does not fit, the method does not solve equations of this type, or
-        ``time_grid`` refuses the times.
+        If an option is unknown, ``y0`` is not finite, a shape does not fit, the method does not solve equations
+        of this type, ``time_grid`` refuses the times or ``dt``, or a function changes ``y`` in place.
 
     Notes
     -----
-    Drift and diffusion are called once more before the first step, to check shapes. There is no other check in
-    the loop, nor any transfer from the device; finiteness is looked at once, at the end. Memory is that of the
-    states returned; with gradients also that of the graph of all steps, or, with ``checkpoint_every=k``, of
-    n_steps / k states and the graph of k steps, at the price of a second forward pass. Noise that is drawn
-    here is not stored, except by the graph.
+    Drift and diffusion are called once more before the first step, to check shapes and that they leave ``y``
+    alone; ``step`` is checked for both each time (in inference mode for the second at the first step only).
+    There is no other check in the loop, nor any transfer from the device; finiteness is looked at once, at the
+    end. Memory is that of the states returned; with gradients also that of the graph of all steps, or, with
+    ``checkpoint_every=k``, of n_steps / k states and the graph of k steps, at the price of a second forward pass.
+    Noise that is drawn here is not stored, except by the graph.
 
     Examples
     --------
@@ -138,6 +139,7 @@ def integrate(
         raise ValueError("y0 must have shape (*batch, d); got a tensor without axes.")
     if checkpoint_every is not None:
         check_integer("checkpoint_every", checkpoint_every, 1)
+    check_finite("y0", y0)
     check_method(sde, method, backend)
     grid = time_grid(ts, dt)
     check_own_times(grid, y0, backend)
@@ -189,7 +191,8 @@ def _run(
         # A callback may stop: nothing beyond the time it sees is computed.
         cuts = list(grid.output) if callback is not None else [0, n]
     bounds = list(pairwise(cuts))
-    state: State = (y0,)
+    # A copy: a step that changes it in place is refused, but only after the fact.
+    state: State = (y0.clone(),)
     found = [y0]
     for (start, stop), draws in zip(bounds, source.segments(bounds), strict=True):
         if checkpoint_every is None:
@@ -245,8 +248,8 @@ def _finish(value: Tensor, n_steps: int, stopped: bool, grid: TimeGrid, stats: d
 
 
 def _time_left(grid: TimeGrid, reached: int) -> float:
-    """Time from a requested one to the last, the longest of a batch; from before the first, the whole span."""
-    return float((grid.times[-1] - grid.times[grid.output[max(reached, 0)]]).max())
+    """Time from a requested one to the last, the longest of a batch."""
+    return float((grid.times[-1] - grid.times[grid.output[reached]]).max())
 
 
 def _time(grid: TimeGrid, k: int) -> str:

@@ -1,5 +1,6 @@
 """What ``integrate`` asks of an equation, a method and a noise tensor before the first step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,16 @@ from torch import Tensor
 from stochproc._checks import check_choice, check_same_kind
 from stochproc.solvers._sde_grid import TimeGrid
 
-__all__ = ["SDE_TYPES", "check_adjoint", "check_method", "check_noise", "check_own_times", "noise_shape"]
+__all__ = [
+    "IN_PLACE",
+    "SDE_TYPES",
+    "check_adjoint",
+    "check_method",
+    "check_noise",
+    "check_own_times",
+    "noise_shape",
+    "version",
+]
 
 SCAN_METHODS = ("euler", "heun", "step")
 # Which equations a method solves. Where the noise is additive both readings agree.
@@ -23,6 +33,7 @@ SDE_TYPES = {
     "log_ode": ("stratonovich",),
 }
 NOT_FOR_GENERAL_NOISE = ("milstein", "srk")
+IN_PLACE = "sde.{} must not change y in place; got a changed y: write y + dy in place of y += dy or y.add_(dy)."
 NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
 
 
@@ -93,7 +104,7 @@ def noise_shape(sde: Any, method: str, y0: Tensor, grid: TimeGrid, noise: "Tenso
             raise ValueError(f"sde.noise_shape must be a tuple of sizes; got {sde.noise_shape!r}.")
         return (*y0.shape[:-1], *own)
     t = grid.times[0].to(y0.device, y0.dtype)
-    f, g = sde.drift(t, y0), sde.diffusion(t, y0)
+    f, g = _untouched("drift", sde.drift, t, y0), _untouched("diffusion", sde.diffusion, t, y0)
     state = tuple(y0.shape)
     for name, out in (("drift", f), ("diffusion", g)):
         if not isinstance(out, Tensor):
@@ -113,6 +124,21 @@ def noise_shape(sde: Any, method: str, y0: Tensor, grid: TimeGrid, noise: "Tenso
     if not good:
         raise ValueError(f"sde.diffusion must return {expected_text} for {kind} noise; got {tuple(g.shape)}.")
     return state if kind == "diagonal" else (*state[:-1], g.shape[-1])
+
+
+def _untouched(name: str, function: Callable[[Tensor, Tensor], Any], t: Tensor, y0: Tensor) -> Any:
+    """Evaluate on a copy of the state, which must still be one afterwards."""
+    y = y0.clone()
+    before = version(y)
+    out = function(t, y)
+    if version(y) != before or (before < 0 and not torch.equal(y, y0)):
+        raise ValueError(IN_PLACE.format(name))
+    return out
+
+
+def version(y: Tensor) -> int:
+    """Count of the changes in place; -1 for inference tensors, which do not keep it."""
+    return -1 if y.is_inference() else y._version
 
 
 def check_noise(noise: "Tensor | None", expected: tuple[int, ...], method: str, y0: Tensor) -> None:

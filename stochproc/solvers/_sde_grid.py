@@ -77,7 +77,7 @@ def time_grid(
         If ``ts`` is neither a float32 or float64 tensor nor a sequence of numbers.
     ValueError
         If ``ts`` has fewer than two entries, is not finite or not strictly increasing, or requires gradients;
-        if ``dt`` is not positive, or so small that a step is lost in the rounding of the times.
+        if ``dt`` is not one positive number, or so small that a step is lost in the rounding of the times.
 
     Examples
     --------
@@ -126,6 +126,10 @@ def _counts(gaps: Tensor, largest: Tensor, dt: "float | int | None", eps: float)
     """Sub-steps of each interval, common to a batch."""
     if dt is None:
         return torch.ones(gaps.shape[-1], dtype=torch.int64)
+    if isinstance(dt, Tensor):
+        if dt.numel() != 1:
+            raise ValueError(f"dt must be a single number; got a tensor of shape {tuple(dt.shape)}.")
+        dt = dt.item()
     check_positive("dt", dt)
     ratio = gaps / dt
     # A difference of two times is known to eps times their size; dt itself to eps.

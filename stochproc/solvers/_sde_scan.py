@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochproc.solvers._sde_checks import IN_PLACE, version
 from stochproc.solvers._sde_grid import TimeGrid
 from stochproc.solvers._sde_noise import Draws
 
@@ -21,7 +22,7 @@ Step = Callable[[Tensor, Tensor, Tensor, Any, Tensor], Tensor]
 
 
 def scan(sde: Any, method: str, noise_type: str, grid: TimeGrid, y0: Tensor) -> Advance:
-    """Return the loop of one method on one grid; nothing is checked inside it."""
+    """Return the loop of one method on one grid; nothing but an own step is checked inside it."""
     own_times = grid.steps.ndim > 1
     times = grid.times.to(y0.device, y0.dtype).unbind(0)
     # Python floats enter the fused kernels as numbers: no tensor is made of a step size.
@@ -31,7 +32,7 @@ def scan(sde: Any, method: str, noise_type: str, grid: TimeGrid, y0: Tensor) -> 
         wanted[i] = True
     add_drift = torch.addcmul if own_times else _add_scaled
     if method == "step":
-        step = _own_step(sde, y0)
+        step = _own_step(sde, y0, times[0])
     else:
         step = (_euler if method == "euler" else _heun)(sde, add_drift, _ADD_NOISE.get(noise_type, _add_product))
 
@@ -89,18 +90,22 @@ def _heun(sde: Any, add_drift: Any, add_noise: Any) -> Step:
     return step
 
 
-def _own_step(sde: Any, y0: Tensor) -> Step:
-    """The step of the equation itself; its shape is checked each time, as it is never probed beforehand."""
+def _own_step(sde: Any, y0: Tensor, start: Tensor) -> Step:
+    """The step of the equation itself; it is checked each time, as it is never probed beforehand."""
     own = sde.step
     shape, dtype = y0.shape, y0.dtype
 
     def step(y: Tensor, t: Tensor, after: Tensor, h: Any, noise: Tensor) -> Tensor:
-        y = own(t, y, h, noise)
-        if y.shape != shape or y.dtype != dtype:
+        before = version(y)
+        after_step = own(t, y, h, noise)
+        # Without a count of changes the first step, which is given a copy of y0, stands for all.
+        if version(y) != before or (before < 0 and t is start and not torch.equal(y, y0)):
+            raise ValueError(IN_PLACE.format("step"))
+        if after_step.shape != shape or after_step.dtype != dtype:
             raise ValueError(
-                f"sde.step must return a tensor of shape {tuple(shape)} and {dtype}, like y0; got {tuple(y.shape)} "
-                f"and {y.dtype} at t = {t.flatten()[0].item():.6g}."
+                f"sde.step must return a tensor of shape {tuple(shape)} and {dtype}, like y0; got "
+                f"{tuple(after_step.shape)} and {after_step.dtype} at t = {t.flatten()[0].item():.6g}."
             )
-        return y
+        return after_step
 
     return step

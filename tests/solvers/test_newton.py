@@ -302,3 +302,18 @@ def test_preconditioner_of_the_linear_solver_is_used(gen):
 def test_works_where_grad_mode_is_off():
     with torch.no_grad():
         assert Newton()(rosenbrock, torch.tensor([-1.2, 1.0])).ok
+
+
+@pytest.mark.parametrize("linear", [CG(), "cholesky"])
+def test_inference_mode_of_the_caller_changes_nothing(linear):
+    fun, grad_modes = (lambda x: (x.cosh() + x).sum()), []
+    plain = Newton(linear=linear)(fun, torch.zeros(2))
+    with torch.inference_mode():
+        inside = Newton(linear=linear)(fun, torch.zeros(2))
+        assert torch.is_inference_mode_enabled()
+    assert inside.ok
+    assert torch.equal(inside.value, plain.value)
+    assert not inside.value.is_inference()
+    with torch.no_grad():
+        Newton()(fun, torch.zeros(2), callback=lambda s: grad_modes.append(torch.is_grad_enabled()))
+    assert not any(grad_modes)

@@ -43,6 +43,19 @@ def test_budget_ends_with_the_best_so_far():
     assert result.stats["fun"] == float(rosenbrock(result.value)) < float(rosenbrock(x0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fun", [lambda x: -x.square().sum(), lambda x: x.sum(), lambda x: -x.exp().sum()])
+def test_function_without_a_minimum_is_told_from_a_budget_too_small(fun, dtype):
+    result = Newton(max_iter=5)(fun, torch.tensor([1.0, 0.5, 0.3], dtype=dtype))
+    assert result.status is Status.MAX_ITER
+    assert "fun may be unbounded below" in result.convergence.message
+
+
+def test_budget_too_small_is_not_blamed_on_the_function():
+    result = Newton(max_iter=3)(rosenbrock, torch.tensor([-1.2, 1.0]))
+    assert result.convergence.message.endswith("raise max_iter")
+
+
 def test_values_never_rise():
     seen = []
     Newton(max_iter=100)(rosenbrock, torch.tensor([-1.2, 1.0] * 5), callback=lambda s: seen.append(rosenbrock(s.value)))
@@ -81,6 +94,8 @@ def test_hessian_that_is_not_finite_is_reported(linear):
     ("option", "value", "match"),
     [
         ("rtol", -1.0, "rtol must be non-negative"),
+        ("rtol", 1.0, r"rtol must lie in \[0, 1\); got 1.0"),
+        ("rtol", 2.0, r"rtol must lie in \[0, 1\)"),
         ("atol", math.nan, "atol must be non-negative"),
         ("max_iter", 0, "max_iter must be at least 1"),
         ("linear", "lu", "linear must be one of 'cholesky'"),

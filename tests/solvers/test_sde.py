@@ -316,13 +316,6 @@ def test_a_path_that_blows_up_is_reported_and_leaves_the_others_alone(backend):
     assert result.convergence.residual == pytest.approx(1.5 - 0.5 * (bad - 1))
 
 
-def test_a_start_that_is_not_finite_is_reported():
-    result = integrate(geometric(), torch.tensor([math.nan]), [0.0, 1.0])
-    assert result.status is Status.NONFINITE
-    assert result.convergence.residual == 1.0
-    assert "from t = 0 on" in result.convergence.message
-
-
 def test_large_finite_states_are_no_failure():
     assert integrate(Equation(lambda t, y: 0 * y, lambda t, y: 0 * y), torch.full((4,), 1e308), [0.0, 1.0]).ok
 

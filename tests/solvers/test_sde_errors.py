@@ -111,6 +111,72 @@ def test_rejects_shapes_and_kinds_that_do_not_fit(sde, message, backend):
         integrate(sde, Y0, TS, backend=backend)
 
 
+class InPlace(ExactOrnsteinUhlenbeck):
+    def step(self, t, y, h, noise):
+        return y.add_(h * noise)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 2}])
+@pytest.mark.parametrize("inference", [False, True])
+def test_rejects_an_own_step_in_place_and_leaves_the_start_alone(inference, options):
+    with torch.inference_mode(inference):
+        y0 = torch.ones(3, 2)
+        with pytest.raises(ValueError, match=r"sde\.step must not change y in place"):
+            integrate(InPlace(2), y0, TS, dt=0.25, method="step", **options)
+        assert torch.equal(y0, torch.ones(3, 2))
+
+
+def test_rejects_an_own_step_in_place_where_it_happens():
+    class Late(ExactOrnsteinUhlenbeck):
+        def step(self, t, y, h, noise):
+            return y.mul_(2) if t >= 0.5 else y + h * noise
+
+    with pytest.raises(ValueError, match=r"sde\.step must not change y in place"):
+        integrate(Late(2), Y0, TS, dt=0.25, method="step")
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_own_step_may_return_its_argument(inference):
+    class Still(ExactOrnsteinUhlenbeck):
+        def step(self, t, y, h, noise):
+            return y
+
+    with torch.inference_mode(inference):
+        result = integrate(Still(2), Y0, TS, dt=0.25, method="step")
+    assert result.ok
+    assert torch.equal(result.value[-1], Y0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", ["drift", "diffusion"])
+@pytest.mark.parametrize("backend", ["scan", "torchsde"])
+def test_rejects_a_drift_or_diffusion_in_place_and_leaves_the_start_alone(name, inference, backend):
+    y0 = Y0.clone()
+    with (
+        torch.inference_mode(inference),
+        pytest.raises(ValueError, match=rf"sde\.{name} must not change y in place"),
+    ):
+        integrate(equation(**{name: lambda t, y: y.mul_(0.5)}), y0, TS, backend=backend)
+    assert torch.equal(y0, Y0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rejects_a_start_that_is_not_finite(bad):
+    y0 = Y0.clone()
+    y0[1, 0] = bad
+    with pytest.raises(ValueError, match=r"y0 must be finite; got 1 NaN or infinite entries, .* index \(1, 0\)"):
+        integrate(geometric(), y0, TS)
+
+
+@pytest.mark.bad_input
+def test_rejects_steps_of_several_sizes_and_takes_a_tensor_of_one():
+    with pytest.raises(ValueError, match=r"dt must be a single number; got a tensor of shape \(2,\)"):
+        integrate(geometric(), Y0, TS, dt=torch.tensor([0.1, 0.2]))
+    with pytest.raises(ValueError, match="dt must be positive and finite; got nan"):
+        integrate(geometric(), Y0, TS, dt=torch.tensor(torch.nan))
+    assert integrate(geometric(), Y0, TS, dt=torch.tensor(0.25)).stats["n_steps"] == 4
+
+
 def test_rejects_an_own_step_without_its_noise_shape():
     class Bare:
         def step(self, t, y, h, noise):
