@@ -78,7 +78,9 @@ def run(context: Context) -> list[Row]:
     rows += _rows("CO2, forecast", found, block)
     context.note(
         f"Forecast: all {late.sum()} weeks from {start + _ORIGIN:.0f} on, from those before, at one time; standard "
-        "errors are those between half years, which are not quite independent either."
+        "errors are those between half years, which are not quite independent either. All three fell short of the growth "
+        "after 1997, and their intervals do not allow for a change of pace. The kernel of the trend was a Matern until "
+        "the first such forecast had been seen; it is now that of scikit-learn's example."
     )
 
     figure = Figure(figsize=(9, 6.4))
@@ -152,6 +154,7 @@ def _draw_forecast(ax: Any, model: StateSpaceGP, years: np.ndarray, ppm: np.ndar
     ax.plot(years[unseen] + _ORIGIN, ppm[unseen], ".", color=COLOURS["red"], markersize=2, label="observed, kept back")
     ax.axvline(years[late][0, 0] + _ORIGIN, color="0.6", linewidth=0.8)
     ax.set(xlabel="year", ylabel="CO2 (ppm)", title="A forecast of ten years")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc="upper left", ncols=2, markerscale=3)
     ax.set_ylim(top=ax.get_ylim()[1] + 0.18 * np.diff(ax.get_ylim())[0])
     ax.margins(x=0.01)
@@ -171,6 +174,7 @@ def _draw_gaps(ax: Any, model: StateSpaceGP, years: np.ndarray, ppm: np.ndarray,
     ]:
         ax.plot(years[chosen] + _ORIGIN, ppm[chosen], ".", color=colour, markersize=4, label=f"observed, {label}")
     ax.set(xlabel="year", ylabel="CO2 (ppm)", title="Gaps, filled")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc="upper left", ncols=2)
     ax.set_ylim(top=ax.get_ylim()[1] + 0.3 * np.diff(ax.get_ylim())[0])
     ax.margins(x=0.01)

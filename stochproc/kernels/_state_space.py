@@ -52,7 +52,7 @@ class StateSpace:
 
     Whatever the dtype of the times, transitions are computed in float64 and then rounded to it.
 
-    A subclass with closed forms overrides :meth:`_step` (and :meth:`_prior`, if need be); the public methods
+    A subclass with closed forms overrides ``_step`` (and ``_prior``, if need be); the public methods
     check their arguments and call these.
 
     References
