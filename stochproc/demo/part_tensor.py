@@ -78,9 +78,9 @@ def run(context: Context) -> list[Row]:
     rows += _rows("CO2, forecast", found, block)
     context.note(
         f"Forecast: all {late.sum()} weeks from {start + _ORIGIN:.0f} on, from those before, at one time; standard "
-        "errors are those between half years, which are not quite independent either. All three fell short of the growth "
-        "after 1997, and their intervals do not allow for a change of pace. The kernel of the trend was a Matern until "
-        "the first such forecast had been seen; it is now that of scikit-learn's example."
+        "errors are those between half years, which are not quite independent either. All three fell short of the "
+        "growth after 1997, and their intervals do not allow for a change of pace. The kernel of the trend was a "
+        "Matern until the first such forecast had been seen; it is now that of scikit-learn's example."
     )
 
     figure = Figure(figsize=(9, 6.4))
