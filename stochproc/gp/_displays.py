@@ -81,8 +81,9 @@ class GPDisplay:
         ----------
         estimator : fitted probabilistic regressor
             With one output.
-        X : array-like of shape (n_samples, n_features)
+        X : array-like of shape (n_samples, n_features), or (n_samples,) for processes in time
         y : array-like of shape (n_samples,)
+            NaN, where the estimator takes it, is not drawn.
         coverage : float, default=0.9
             Probability inside the interval, in (0, 1).
         n_grid : int, default=400
@@ -104,9 +105,11 @@ class GPDisplay:
             If ``y`` has several outputs, or ``coverage`` does not lie in (0, 1).
         """
         check_levels("coverage", coverage)
-        names = (str(X.columns[0]) if hasattr(X, "columns") else "x", str(getattr(y, "name", None) or "y"))
-        columns = list(X.columns) if hasattr(X, "columns") else None
+        named = isinstance(getattr(X, "name", None), str)
+        columns = list(X.columns) if hasattr(X, "columns") else [X.name] if named else None
+        names = (str(columns[0]) if columns else "x", str(getattr(y, "name", None) or "y"))
         points, target = np.asarray(as_array(X), dtype=float), np.asarray(as_array(y), dtype=float)
+        points = points[:, None] if points.ndim == 1 else points
         if target.ndim != 1:
             raise ValueError(f"y must have shape (n_samples,), one output a picture; got {target.shape}.")
         grid, where = None, X

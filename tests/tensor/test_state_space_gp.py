@@ -12,6 +12,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, WhiteKernel
 from sklearn.gaussian_process.kernels import Matern as SklearnMatern
 
 from stochproc.exceptions import DataWarning
+from stochproc.gp import GPDisplay
 from stochproc.kernels import RBF, Linear, Matern, Periodic, RationalQuadratic, Scale
 from stochproc.solvers import LBFGS
 from stochproc.tensor import StateSpaceGP
@@ -316,6 +317,22 @@ def test_torch_and_pandas_give_back_what_they_are():
         assert isinstance(model.predict(X), np.ndarray)
     with pytest.raises(TypeError, match="got dates"):
         model.fit(pd.date_range("2020-01-01", periods=len(y)), y)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_display_draws_vectors_of_times_with_missing_values():
+    pd = pytest.importorskip("pandas")
+    mpl = pytest.importorskip("matplotlib")
+    mpl.use("Agg")
+    plt = pytest.importorskip("matplotlib.pyplot")
+    times, y, _ = series()
+    for X in (times, pd.Series(times, name="year")):
+        model = StateSpaceGP(optimizer=None).fit(X, y)
+        display = GPDisplay.from_estimator(model, X, y)
+        assert display.ax_.get_xlabel() == getattr(X, "name", "x")
+        grid = display.grid if X is times else pd.Series(display.grid, name="year")
+        np.testing.assert_array_equal(display.mean, model.predict(grid))
+        plt.close(display.figure_)
 
 
 def test_a_callback_stops_the_search_and_says_so():
