@@ -7,8 +7,6 @@ size, and we get both from products with a matrix that is never formed: by conju
 and random vectors. Each answer says how good it is.
 """
 
-# sphinx_gallery_thumbnail_number = 2
-
 # %%
 # One system of 4,000 equations
 # -----------------------------
@@ -16,6 +14,7 @@ and random vectors. Each answer says how good it is.
 # covariance of the readings is a kernel matrix plus that variance on the diagonal. The operator holds the points
 # and the kernel, 16 million entries it does not hold; :class:`~stochproc.solvers.CG` only multiplies with it. What
 # it returns, a :class:`~stochproc.solvers.Result`, is the solution and an account of how it was found.
+# sphinx_gallery_thumbnail_number = 2
 import math
 
 import matplotlib.pyplot as plt

@@ -7,8 +7,6 @@ equation it is smoothed in one pass, exactly so for Matern kernels. We forecast 
 everything wrong with it, go to a million points, and build a model of our own in torch.
 """
 
-# sphinx_gallery_thumbnail_number = 1
-
 # %%
 # Fit, look, forecast
 # -------------------
