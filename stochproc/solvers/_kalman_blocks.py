@@ -32,13 +32,13 @@ class Blocks:
         """As many blocks, a power of two, as brings their length closest to ``length``."""
         return cls(n, batch, dim, 1 << max(0, round(math.log2(n / length))))
 
-    def empty(self, like: Tensor, steps: int, *entries: int) -> Tensor:
+    def zeros(self, like: Tensor, steps: int, *entries: int) -> Tensor:
         """Zeros of shape (steps, \\*entries, m)."""
         return like.new_zeros(steps, *entries, self.batch * self.n_blocks)
 
     def cut(self, x: Tensor) -> Tensor:
         """Lay out x of shape (\\*entries, batch, n), padded by zeros."""
-        out = self.empty(x, self.length, *x.shape[:-2])
+        out = self.zeros(x, self.length, *x.shape[:-2])
         target = out.unflatten(-1, (self.batch, self.n_blocks)).movedim(0, -1)
         full, rest = divmod(self.n, self.length)
         target[..., :full, :] = x[..., : full * self.length].unflatten(-1, (full, self.length))

@@ -65,7 +65,7 @@ def left_out(run: Run) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n
 def _pieces(run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return A, Q, filtered covariances before each step, N of predictions, and I - gain hᵀ, in blocks."""
     dim, model = run.blocks.dim, run.model
-    kept = run.blocks.empty(model.A, run.blocks.length, dim, dim)
+    kept = run.blocks.zeros(model.A, run.blocks.length, dim, dim)
     kept.diagonal(dim1=1, dim2=2).fill_(1.0)
     for k in range(model.h.shape[1]):
         row = product(model.h[:, k].unsqueeze(1), kept)

@@ -34,7 +34,7 @@ def element_pass(model: Model, blocks: Blocks) -> Element:
     dim = blocks.dim
     # [[C, A, b], [*, -J, e]]: the innovation of a message is affine in the state x where the block starts, and one
     # update of rank one takes care of all five; the corner * is never read.
-    whole = blocks.empty(model.A, 1, 2 * dim, 2 * dim + 1)[0]
+    whole = blocks.zeros(model.A, 1, 2 * dim, 2 * dim + 1)[0]
     state = whole[:dim]
     C, b = state[:, :dim], state[:, -1]
     state[:, dim:-1].diagonal().fill_(1.0)
@@ -60,9 +60,9 @@ def filter_pass(model: Model, blocks: Blocks, before: Moments) -> Filtered:
     """Filter every block from the moments of the state before it."""
     dim, length = blocks.dim, blocks.length
     n_messages = model.h.shape[1]
-    states = blocks.empty(model.A, length + 1, dim, dim + 1)
-    rows = blocks.empty(model.A, length, n_messages, dim + 1)
-    gains = blocks.empty(model.A, length, n_messages, dim)
+    states = blocks.zeros(model.A, length + 1, dim, dim + 1)
+    rows = blocks.zeros(model.A, length, n_messages, dim + 1)
+    gains = blocks.zeros(model.A, length, n_messages, dim)
     states[0, :, :dim], states[0, :, dim:] = before
     all_states, Ps, ms = states.unbind(0), states[:, :, :dim].unbind(0), states[:, :, dim].unbind(0)
     for s, (A, Q, hs, qs, linear) in enumerate(_steps(model)):
@@ -105,7 +105,7 @@ def adjoint_pass(model: Model, blocks: Blocks, filtered: Filtered, after: Tensor
     the adjoint of the state after the last step, (D, D + 1, m).
     """
     dim, length = blocks.dim, blocks.length
-    of_filtered = blocks.empty(after, length, dim, dim + 1)
+    of_filtered = blocks.zeros(after, length, dim, dim + 1)
     of_predicted = torch.empty_like(of_filtered)
     Ph, mean = filtered.rows.split((dim, 1), -2)
     beta = 1.0 / (dot(Ph, model.h, -2) + 1.0)
