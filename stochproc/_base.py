@@ -43,6 +43,17 @@ class Given(NamedTuple):
         # Results in half precision would keep three digits of what was computed.
         return cls(True, torch.promote_types(value.dtype, torch.float32), value.device)
 
+    @classmethod
+    def named(cls, name: str | None, device: torch.device) -> Given:
+        """Undo :attr:`name`, for results on ``device``."""
+        dtypes = {"float32": torch.float32, "float64": torch.float64}
+        return cls(name is not None, dtypes.get(name or ""), device)
+
+    @property
+    def name(self) -> str | None:
+        """Name of the dtype of a tensor, empty if it held no floats; None for other arrays."""
+        return str(self.dtype or "").removeprefix("torch.") if self.is_torch else None
+
     def back(self, value: Tensor) -> Any:
         """Return a result as it was given: NumPy for NumPy and pandas, torch for torch."""
         if self.is_torch:

@@ -320,7 +320,7 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
             "feature_names_in": list(getattr(self, "feature_names_in_", [])),
             "converged": self.converged_,
             "n_iter": self.n_iter_,
-            "given": None if not self._given.is_torch else str(self._given.dtype or "").removeprefix("torch."),
+            "given": self._given.name,
         }
         return tensors, state
 
@@ -343,8 +343,7 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         if model.constant_mean is not None:
             with torch.no_grad():
                 model.constant_mean.copy_(on["mean"])
-        name = state.get("given")
-        given = Given(name is not None, DTYPES.get(name or ""), on["X"].device)
+        given = Given.named(state.get("given"), on["X"].device)
         learned = Learned(None, state["converged"], state["n_iter"])
         self._condition(model, on["X"], on["y"], maps, given, learned)
 

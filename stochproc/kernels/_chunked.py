@@ -18,7 +18,7 @@ from stochproc._checks import check_integer
 from stochproc.kernels._base import Tensors
 from stochproc.kernels._dispatch import THRESHOLDS
 
-__all__ = ["block_rows", "map_rows"]
+__all__ = ["block_rows", "gradients_of", "map_rows"]
 
 # fn(row slices, shared) -> (outputs with the rows on axis -2, outputs to be added up over the blocks)
 BlockFunction = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
@@ -92,25 +92,32 @@ def _vjp(function: BlockFunction, k: int, n_row_out: int, wanted: Sequence[bool]
         n_shared = len(wanted) - k
         inputs = (*rows[:k], *shared[:n_shared])
         upstream = (*rows[k:], *shared[n_shared:])
-        # Grad mode is on here only when an outer backward differentiates this very function.
-        higher = torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaves = tuple(
-                (t if higher and t.requires_grad else t.detach().requires_grad_()) if w else t
-                for t, w in zip(inputs, wanted, strict=True)
-            )
-            row_out, sum_out = function(leaves[:k], leaves[k:])
-            pairs = [(o, g) for o, g in zip((*row_out, *sum_out), upstream, strict=True) if o.requires_grad]
-            targets = [t for t, w in zip(leaves, wanted, strict=True) if w]
-            found = torch.autograd.grad(
-                [o for o, _ in pairs],
-                targets,
-                [g for _, g in pairs],
-                create_graph=higher,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        found = gradients_of(
+            lambda leaves: [t for part in function(leaves[:k], leaves[k:]) for t in part], inputs, wanted, upstream
+        )
         n_rows_wanted = sum(wanted[:k])
         return tuple(found[:n_rows_wanted]), tuple(found[n_rows_wanted:])
 
     return vjp
+
+
+def gradients_of(
+    function: Callable[[Tensors], Sequence[Tensor]], inputs: Tensors, wanted: Sequence[bool], upstream: Tensors
+) -> Tensors:
+    """Evaluate ``function`` anew and return the gradients of its outputs, times ``upstream``, in the wanted inputs."""
+    # Grad mode is on here only when an outer backward differentiates this very function.
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = tuple(
+            (t if higher and t.requires_grad else t.detach().requires_grad_()) if w else t
+            for t, w in zip(inputs, wanted, strict=True)
+        )
+        pairs = [(o, g) for o, g in zip(function(leaves), upstream, strict=True) if o.requires_grad]
+        return torch.autograd.grad(
+            [o for o, _ in pairs],
+            [t for t, w in zip(leaves, wanted, strict=True) if w],
+            [g for _, g in pairs],
+            create_graph=higher,
+            allow_unused=True,
+            materialize_grads=True,
+        )

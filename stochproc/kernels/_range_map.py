@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stochproc.kernels._base import Tensors
-from stochproc.kernels._chunked import block_rows
+from stochproc.kernels._chunked import block_rows, gradients_of
 from stochproc.kernels._ranges import Group, Ranges
 
 __all__ = ["Piece", "map_ranges"]
@@ -131,26 +131,14 @@ def _vjp(function: PieceFunction, k: int, q: int, wanted: Sequence[bool]) -> Pie
         s = len(wanted) - k - q
         inputs = (*rows[:k], *cols[:q], *shared[:s])
         upstream = (*rows[k:], *cols[q:], *shared[s:])
-        # Grad mode is on here only when an outer backward differentiates this very function.
-        higher = torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaves = tuple(
-                (t if higher and t.requires_grad else t.detach().requires_grad_()) if w else t
-                for t, w in zip(inputs, wanted, strict=True)
-            )
-            out = function(piece, leaves[:k], leaves[k : k + q], leaves[k + q :])
-            pairs = [
-                (o, g) for o, g in zip([t for part in out for t in part], upstream, strict=True) if o.requires_grad
-            ]
-            targets = [t for t, w in zip(leaves, wanted, strict=True) if w]
-            found = torch.autograd.grad(
-                [o for o, _ in pairs],
-                targets,
-                [g for _, g in pairs],
-                create_graph=higher,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        found = gradients_of(
+            lambda leaves: [
+                t for part in function(piece, leaves[:k], leaves[k : k + q], leaves[k + q :]) for t in part
+            ],
+            inputs,
+            wanted,
+            upstream,
+        )
         i = sum(wanted[:k])
         j = i + sum(wanted[k : k + q])
         return tuple(found[:i]), tuple(found[i:j]), tuple(found[j:])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stochproc._base import Given, old_fit_unless_new
 from stochproc._checks import check_choice, check_positive
-from stochproc._options import DTYPES, as_device, check_options, plain_bool
+from stochproc._options import as_device, check_options, plain_bool
 from stochproc._persistence import as_tensor
 from stochproc._random import make_generator
 from stochproc._search import Learned, default_search, warn_unless_converged
@@ -224,7 +224,7 @@ class StateSpaceGP(StateSpacePredictions, RegressorMixin, BaseEstimator):
         if len(seen) > 1 and bool((seen == seen[0]).all()):
             warnings.warn("y does not vary; it is centred and keeps unit scale.", DataWarning, stacklevel=3)
         order = times[:, 0].argsort(stable=True)
-        warn_if_times_are_coarse(times[order, 0], DataWarning, stacklevel=4)
+        warn_if_times_are_coarse(times[order, 0], stacklevel=4)
         times = maps[0].apply(times, torch.float64, "X")[order, 0]
         values = (values[order] - maps[1].shift[0]) / maps[1].scale[0]
         known = variances[order] / maps[1].scale[0] ** 2
@@ -305,7 +305,7 @@ class StateSpaceGP(StateSpacePredictions, RegressorMixin, BaseEstimator):
             "feature_names_in": list(getattr(self, "feature_names_in_", [])),
             "converged": self.converged_,
             "n_iter": self.n_iter_,
-            "given": None if not self._given.is_torch else str(self._given.dtype or "").removeprefix("torch."),
+            "given": self._given.name,
         }
         return tensors, state
 
@@ -321,8 +321,7 @@ class StateSpaceGP(StateSpacePredictions, RegressorMixin, BaseEstimator):
             with torch.no_grad():
                 model.constant_mean.copy_(on["mean"])
         maps = Standardiser(on["x_shift"], on["x_scale"]), Standardiser(on["y_shift"], on["y_scale"])
-        name = state["given"]
-        given = Given(name is not None, DTYPES.get(name or ""), device)
+        given = Given.named(state["given"], device)
         learned = Learned(None, state["converged"], state["n_iter"])
         self._condition(model, on["times"], on["y"], on["known"], on["order"], maps, given, learned)
 

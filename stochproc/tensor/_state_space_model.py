@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from stochproc._search import KERNEL_RANGE, Learned, bounds_around, is_log, search_twice
-from stochproc.exceptions import SolverError
+from stochproc.exceptions import DataWarning, SolverError
 from stochproc.kernels import KERNEL_NAMES, Kernel, Periodic, Radial, Scale, as_kernel
 from stochproc.solvers import LBFGS, Result, kalman_smoother, messages
 
-__all__ = ["TimeSeries", "learn", "make_kernel", "named_kernels"]
+__all__ = ["TimeSeries", "learn", "make_kernel", "warn_if_times_are_coarse"]
 
 # Below this share of the variance of y the noise cannot be told from rounding.
 _NOISE_RANGE = (1e-8, 1e5)
@@ -33,7 +33,7 @@ _ROWS_OF_LENGTHSCALES, _ROWS_OF_PERIODS = 2_000, 400
 _PERIODIC_LENGTHSCALES = (0.5, KERNEL_RANGE[1])
 
 
-def named_kernels() -> list[str]:
+def _named_kernels() -> list[str]:
     """Names of kernels that have a state space."""
     return [name for name in KERNEL_NAMES if _has_state_space(as_kernel(name, n_columns=1))]
 
@@ -66,7 +66,7 @@ def make_kernel(kernel: Any) -> Kernel:
         made.state_space()
     except NotImplementedError as error:
         raise ValueError(
-            f"kernel must have a state space, such as {', '.join(map(repr, named_kernels()))}, and sums and products "
+            f"kernel must have a state space, such as {', '.join(map(repr, _named_kernels()))}, and sums and products "
             f"of such. GPyTorch's kernels and functions have none. Got: {error}"
         ) from None
     return (Scale(made) if named else made).double()
@@ -146,7 +146,7 @@ class TimeSeries(torch.nn.Module):
             for m in self.kernel.modules()
             if isinstance(m, Periodic) and m.log_period.requires_grad
         ]
-        return min(torch.finfo(times.dtype).eps * max(1.0, *phases, 0.0) ** 2, 1e-4)
+        return min(torch.finfo(times.dtype).eps * max([1.0, *phases]) ** 2, 1e-4)
 
     def loss(self, times: Tensor, y: Tensor, known: Tensor) -> Tensor:
         """Return -log p(y), for a search."""
@@ -282,13 +282,13 @@ def _candidate_periods(times: Tensor, y: Tensor, width: float, gap: float) -> li
     return [float(p) for p in (*found, width / 2, width, 2 * width) if p <= 2 * width]
 
 
-def warn_if_times_are_coarse(times: Tensor, category: type[Warning], stacklevel: int) -> None:
+def warn_if_times_are_coarse(times: Tensor, stacklevel: int) -> None:
     """Warn where the times span so little of their size that their differences have few digits."""
     span, size = (times[-1] - times[0]).item(), times.abs().max().item()
     if 0 < span < 1e-12 * size:
         warnings.warn(
             f"X spans {span:.3g} at values of {size:.3g}: differences of times have few digits left. Subtract the "
             "first time before fitting.",
-            category,
+            DataWarning,
             stacklevel=stacklevel,
         )

@@ -87,7 +87,7 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
             mean, variance = self._moments(query)
             if not return_std:
                 return given.back(self._unscaled(mean))
-            std = (variance if latent else variance + self._model.noise).sqrt()
+            std = self._std(variance, latent)
             return given.back(self._unscaled(mean)), given.back(std * self._y_unit)
 
     def predict_quantiles(self, X: Any, q: Any, *, latent: bool = False) -> Any:
@@ -115,7 +115,7 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
         given, query = self._inputs(X)
         with torch.no_grad():
             mean, variance = self._moments(query)
-            std = (variance if latent else variance + self._model.noise).sqrt()
+            std = self._std(variance, latent)
             z = torch.special.ndtri(torch.as_tensor(levels, device=mean.device))
             return given.back(self._unscaled(mean[:, None] + std[:, None] * z))
 
@@ -322,6 +322,9 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
     def _moments(self, query: Tensor) -> tuple[Tensor, Tensor]:
         smoothed, _ = self._model.smooth(self._times, self._y_train, self._known, query)
         return smoothed.mean[..., 0], smoothed.cov[..., 0, 0].clamp(min=0)
+
+    def _std(self, variance: Tensor, latent: bool) -> Tensor:
+        return (variance if latent else variance + self._model.noise).sqrt()
 
     def _inputs(self, X: Any) -> tuple[Given, Tensor]:
         check_is_fitted(self)

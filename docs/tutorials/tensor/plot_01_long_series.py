@@ -229,7 +229,7 @@ for i in range(len(scales)):
     ax.plot(scales[i] * ends.exp(), heights[i] + slopes[i] * ends, color="C1", label=label)
 ax.plot(scales, heights, "o", markersize=4, label="log likelihood")
 ax.axvline(1, color="0.7", linewidth=1, zorder=0, label="truth")
-ax.set(xlabel="lengthscale, days", ylabel="nats below the best", title="Fifteen models of 20,000 points")
+ax.set(xlabel="lengthscale, days", ylabel="log likelihood less the best, nats", title="Fifteen models of 20,000 points")
 ax.legend(frameon=False)
 
 # %%
