@@ -10,7 +10,7 @@ from types import ModuleType as _ModuleType
 
 __version__ = "0.1.0.dev0"
 
-_PARTS = ("datasets", "distributed", "exceptions", "gp", "kernels", "solvers", "tensor")
+_PARTS = ("datasets", "distributed", "exceptions", "gp", "kernels", "ot", "solvers", "tensor")
 
 __all__ = ["__version__", *_PARTS]
 

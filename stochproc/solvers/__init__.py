@@ -16,6 +16,7 @@ from stochproc.solvers._sde import integrate
 from stochproc.solvers._sde_grid import TimeGrid, time_grid
 from stochproc.solvers._sde_noise import brownian_increments
 from stochproc.solvers._sparse import SparseCG
+from stochproc.solvers._truncated_cg import truncated_cg
 
 __all__ = [
     "CG",
@@ -47,4 +48,5 @@ __all__ = [
     "safe_cholesky",
     "sample_paths",
     "time_grid",
+    "truncated_cg",
 ]

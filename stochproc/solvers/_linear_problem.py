@@ -84,8 +84,11 @@ class LinearProblem:
     def by_columns(self, name: str, function: Callable[[Tensor], Tensor]) -> Columns:
         """Return a user's function, which sees the shape of b, as a function of columns."""
 
+        # Not ``self``: a problem that holds itself would keep all that the function captures until the next collection.
+        vector = self.vector
+
         def apply(V: Tensor) -> Tensor:
-            v = self.shaped(V)
+            v = V.squeeze(-1) if vector else V
             out = function(v)
             if not isinstance(out, Tensor):
                 raise TypeError(f"{name} must return a torch.Tensor; got {type(out).__name__}.")
@@ -94,7 +97,7 @@ class LinearProblem:
                     f"{name} must return the shape of its argument, {tuple(v.shape)}; got {tuple(out.shape)}."
                 )
             check_same_kind(**{f"the result of {name}": out, "b": v})
-            return out.unsqueeze(-1) if self.vector else out
+            return out.unsqueeze(-1) if vector else out
 
         return apply
 
