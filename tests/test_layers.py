@@ -9,7 +9,7 @@ import stochproc
 
 ROOT = Path(stochproc.__file__).parent
 LAYERS = ("kernels", "solvers")
-MODELS = ("distributed", "gp", "tensor")
+MODELS = ("distributed", "gp", "ot", "tensor")
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py"))
 OUTSIDE = [f for f in FILES if f.split("/")[0] not in LAYERS]
 
