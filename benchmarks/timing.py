@@ -160,7 +160,10 @@ def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def run_tables(name: str, tables: dict[str, Callable[[argparse.Namespace], Any]], args: argparse.Namespace) -> None:
-    """Run and print the tables, and write them all to ``results/<name>_<device>.json`` unless only some were run."""
+    """Run and print the tables, and write them to ``results/<name>_<device>.json`` unless only some are wanted.
+
+    The file is written after each table: what took hours is not lost with a run that ends early.
+    """
     start = time.process_time()
     about = machine(args.device)
     print(f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['threads']} thread(s)")
@@ -170,13 +173,13 @@ def run_tables(name: str, tables: dict[str, Callable[[argparse.Namespace], Any]]
             before = time.perf_counter()
             found[title] = make(args)
             show(f"{title} ({time.perf_counter() - before:.0f} s)", found[title])
-    if args.only is not None:
-        return
-    about["cpu_seconds_of_this_script"] = round(time.process_time() - start, 1)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}_{args.device}.json"
-    path.write_text(json.dumps(_rounded({"machine": about, "tables": found}), indent=1, allow_nan=False) + "\n")
-    print(f"\nwritten: benchmarks/results/{path.name}")
+            if args.only is None:
+                about["cpu_seconds_of_this_script"] = round(time.process_time() - start, 1)
+                RESULTS.mkdir(exist_ok=True)
+                path = RESULTS / f"{name}_{args.device}.json"
+                whole = _rounded({"machine": about, "tables": found})
+                path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+                print(f"\nwritten: benchmarks/results/{path.name}", flush=True)
 
 
 def _cell(value: Any) -> str:

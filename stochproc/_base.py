@@ -17,6 +17,7 @@ __all__ = [
     "FLOATS",
     "Given",
     "ProbabilisticRegressorMixin",
+    "SavedMixin",
     "as_array",
     "as_numbers",
     "check_levels",
@@ -116,48 +117,8 @@ def old_fit_unless_new(estimator: Any, marker: str) -> Iterator[None]:
             estimator.__dict__.update(old)
 
 
-class ProbabilisticRegressorMixin:
-    """The part of the contract of probabilistic regressors that does not depend on the model.
-
-    An estimator that mixes it in writes ``fit``, ``predict``, ``predict_quantiles`` and, for files, ``_state``
-    and ``_restore``.
-    """
-
-    def _validated(self, X: Any) -> Any:
-        """Run scikit-learn's validation of inputs to predict at: arrays, frames or tensors."""
-        return validate_data(self, as_array(X), dtype=FLOATS, reset=False)
-
-    def _validated_pair(self, X: Any, y: Any, **options: Any) -> tuple[Any, Any]:
-        """Run scikit-learn's validation of inputs and targets."""
-        inputs, targets = validate_data(
-            self, as_array(X), as_array(y), dtype=FLOATS, y_numeric=True, multi_output=True, **options
-        )
-        return inputs, as_numbers("y", targets)
-
-    def predict_interval(self, X: Any, coverage: float = 0.9) -> Any:
-        """Predict central intervals for new observations.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features)
-        coverage : float, default=0.9
-            Probability inside, in (0, 1).
-
-        Returns
-        -------
-        ndarray or Tensor of shape (n_samples, 2) or (n_samples, 2, n_outputs)
-            Lower and upper end, in the units of y.
-
-        Raises
-        ------
-        ValueError
-            If coverage does not lie in (0, 1).
-        """
-        level = check_levels("coverage", coverage)
-        if level.size != 1:
-            raise ValueError(f"coverage must be one number in (0, 1); got {level.size} numbers.")
-        tail = (1 - level[0]) / 2
-        return self.predict_quantiles(X, [tail, 1 - tail])  # type: ignore[attr-defined]
+class SavedMixin:
+    """Files of fitted estimators: one that mixes it in writes ``_state`` and ``_restore``."""
 
     def save(self, path: Any) -> None:
         """Write the fitted estimator to one safetensors file.
@@ -208,7 +169,53 @@ class ProbabilisticRegressorMixin:
         return estimator
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a file holds besides the parameters: tensors, and what JSON can say."""
         raise NotImplementedError
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Become the fitted estimator that ``_state`` described."""
         raise NotImplementedError
+
+
+class ProbabilisticRegressorMixin(SavedMixin):
+    """The part of the contract of probabilistic regressors that does not depend on the model.
+
+    An estimator that mixes it in writes ``fit``, ``predict``, ``predict_quantiles`` and, for files, ``_state``
+    and ``_restore``.
+    """
+
+    def _validated(self, X: Any) -> Any:
+        """Run scikit-learn's validation of inputs to predict at: arrays, frames or tensors."""
+        return validate_data(self, as_array(X), dtype=FLOATS, reset=False)
+
+    def _validated_pair(self, X: Any, y: Any, **options: Any) -> tuple[Any, Any]:
+        """Run scikit-learn's validation of inputs and targets."""
+        inputs, targets = validate_data(
+            self, as_array(X), as_array(y), dtype=FLOATS, y_numeric=True, multi_output=True, **options
+        )
+        return inputs, as_numbers("y", targets)
+
+    def predict_interval(self, X: Any, coverage: float = 0.9) -> Any:
+        """Predict central intervals for new observations.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        coverage : float, default=0.9
+            Probability inside, in (0, 1).
+
+        Returns
+        -------
+        ndarray or Tensor of shape (n_samples, 2) or (n_samples, 2, n_outputs)
+            Lower and upper end, in the units of y.
+
+        Raises
+        ------
+        ValueError
+            If coverage does not lie in (0, 1).
+        """
+        level = check_levels("coverage", coverage)
+        if level.size != 1:
+            raise ValueError(f"coverage must be one number in (0, 1); got {level.size} numbers.")
+        tail = (1 - level[0]) / 2
+        return self.predict_quantiles(X, [tail, 1 - tail])  # type: ignore[attr-defined]

@@ -286,6 +286,23 @@ def test_the_part_on_gaussian_processes_does_without_statsmodels(package, tmp_pa
     assert "Sunspots skipped: load_sunspots needs statsmodels" in " ".join(part["notes"])
 
 
+@pytest.mark.slow
+def test_the_part_on_transport_is_complete(tmp_path):
+    assert command_line.main(["demo", "--parts", "ot", "--quick", "--output", str(tmp_path)]) == 0
+    (part,) = results(tmp_path)["parts"]
+    assert part["status"] == "ok"
+    assert not part["warnings"]
+    assert len(part["rows"]) == 20
+    for row in part["rows"]:
+        assert all(value is not None and math.isfinite(value) for value in row["metrics"].values())
+    exact = {row["model"]: row["metrics"]["RMSE"] for row in part["rows"] if row["data"].startswith("digits, W2")}
+    # Two exact solvers agree to rounding, and roots of values near 1 lose none of it.
+    assert exact["exact, HiGHS alone"] < 1e-9
+    assert exact["entropic transport"] < exact["rows and columns apart"] < exact["distance of centroids"]
+    _, links = check_page(tmp_path)
+    assert links == ["ot_colours.png"]
+
+
 def run_command(*arguments):
     return subprocess.run([sys.executable, "-m", "stochproc", *arguments], capture_output=True, text=True)
 

@@ -5,6 +5,7 @@ from stochproc.kernels._arc_cosine import ArcCosine
 from stochproc.kernels._base import Kernel, Prepared
 from stochproc.kernels._composite import ActiveDims, Product, Scale, Sum
 from stochproc.kernels._convert import KERNEL_NAMES, as_gpytorch, as_kernel, kernel_from_config
+from stochproc.kernels._cost_matrix import cost_matrix
 from stochproc.kernels._dispatch import select_backend
 from stochproc.kernels._dot import Dot, Linear, Polynomial
 from stochproc.kernels._keops import keops_status
@@ -41,6 +42,7 @@ __all__ = [
     "argmin",
     "as_gpytorch",
     "as_kernel",
+    "cost_matrix",
     "duals",
     "expsum",
     "keops_status",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor
 
 from stochproc.kernels._base import Prepared, Tensors
-from stochproc.kernels._distance import RadialProfile, augment, inverse_or_zero, radial_block, safe_sqrt
+from stochproc.kernels._distance import (
+    FLOAT32_MAX_SQNORM,
+    RadialProfile,
+    augment,
+    inverse_or_zero,
+    radial_block,
+    safe_sqrt,
+)
 from stochproc.kernels._parameters import with_parameters
 
 __all__ = ["COSTS", "CostLike", "as_cost"]
@@ -19,6 +27,8 @@ CostLike = str | Callable[[Tensor, Tensor], Tensor]
 # A transport cost is divided by a small eps before the exponential, and its float32 error matters relative
 # to the largest cost, so double precision starts only far out.
 _COST_MAX_SQNORM = 1e5
+# Coordinates whose squares keep their digits in float64, far below their size too.
+_SQUARES_FIT = 1e-120, 1e150
 
 
 _SQUARED = RadialProfile(lambda sq: sq, lambda sq: sq, lambda sq, value: torch.ones_like(value))
@@ -36,12 +46,20 @@ class Cost:
     def formula(self, x: Tensor, y: Tensor) -> Any:
         raise NotImplementedError
 
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        """Evaluate all pairs."""
+        return self.prepare(x, y)()
+
 
 class SqEuclidean(Cost):
     """Squared Euclidean distance, not half of it."""
 
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
-        return _radial(x, y, _SQUARED, rough=False)
+        return _radial(x, y, _SQUARED, max_sqnorm=_COST_MAX_SQNORM)
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        """Evaluate all pairs, small costs beside large ones to as many digits."""
+        return _radial(x, y, _SQUARED, max_sqnorm=FLOAT32_MAX_SQNORM, refine=None)()
 
     def formula(self, x: Tensor, y: Tensor) -> Any:
         from stochproc.kernels._keops import pair_of
@@ -54,7 +72,12 @@ class Euclidean(Cost):
     """Euclidean distance; its gradient at 0 is 0."""
 
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
-        return _radial(x, y, _ROOT, rough=True)
+        return _radial(x, y, _ROOT, max_sqnorm=0.0, refine=True)
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        """Evaluate all pairs, in a unit in which squares neither overflow nor vanish."""
+        unit = _unit(x, y)
+        return super().matrix(x, y) if unit == 1.0 else super().matrix(x / unit, y / unit) * unit
 
     def formula(self, x: Tensor, y: Tensor) -> Any:
         return SqEuclidean().formula(x, y).sqrt()
@@ -69,15 +92,23 @@ class _CityBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, y = ctx.saved_tensors
+        of_rows, of_columns = [], []
         # One column at a time: the sign of every difference at once would take d times the block.
-        signs = [grad * torch.sign(x[..., :, None, c] - y[..., None, :, c]).detach() for c in range(x.shape[-1])]
-        grad_x = torch.stack([s.sum(-1) for s in signs], -1).sum_to_size(x.shape)
-        grad_y = -torch.stack([s.sum(-2) for s in signs], -1).sum_to_size(y.shape)
-        return grad_x, grad_y
+        for c in range(x.shape[-1]):
+            signed = grad * torch.sign(x[..., :, None, c] - y[..., None, :, c]).detach()
+            of_rows.append(signed.sum(-1))
+            of_columns.append(-signed.sum(-2))
+        return torch.stack(of_rows, -1).sum_to_size(x.shape), torch.stack(of_columns, -1).sum_to_size(y.shape)
 
 
 class CityBlock(Cost):
     """Sum of absolute differences; its gradient is 0 where a coordinate agrees."""
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        """Evaluate all pairs of finite points."""
+        if not bool(x.detach().isfinite().all() and y.detach().isfinite().all()):
+            raise ValueError("x and y must be finite; got NaN or infinity.")
+        return super().matrix(x, y)
 
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
         return Prepared((x,), (y,), (), lambda rows, cols, shared: _CityBlock.apply(rows[0], cols[0]))
@@ -117,14 +148,32 @@ class UserCost(Cost):
         return Prepared((x,), (y,), tuple(named.values()), block)
 
 
-def _radial(x: Tensor, y: Tensor, profile: RadialProfile, *, rough: bool) -> Prepared:
-    a, b, _ = augment(x, y, max_sqnorm=0.0 if rough else _COST_MAX_SQNORM)
-    dtype = x.dtype
+def _radial(
+    x: Tensor, y: Tensor, profile: RadialProfile, *, max_sqnorm: float, refine: bool | None = False
+) -> Prepared:
+    """Prepare a function of squared distances; ``refine=None`` refines near pairs where the product needs it."""
+    try:
+        a, b, far = augment(x, y, max_sqnorm=max_sqnorm)
+    except OverflowError:
+        raise OverflowError(
+            "x and y must be less than 1e154 apart, so that squared distances fit into float64; rescale them."
+        ) from None
+    dtype, near = x.dtype, far if refine is None else refine
 
     def block(rows: Tensors, cols: Tensors, shared: Tensors) -> Tensor:
-        return radial_block(rows[0], cols[0], dtype, profile, refine=rough)
+        return radial_block(rows[0], cols[0], dtype, profile, refine=near)
 
     return Prepared((a,), (b,), (), block)
+
+
+def _unit(x: Tensor, y: Tensor) -> float:
+    """Return 1, or a power of two as large as the points where the squares of float64 would leave its range."""
+    if x.dtype != torch.float64 or not (x.numel() and y.numel()):
+        return 1.0
+    largest = max(float(t.detach().abs().amax()) for t in (x, y))
+    if not 0 < largest < math.inf or _SQUARES_FIT[0] < largest < _SQUARES_FIT[1]:
+        return 1.0
+    return math.ldexp(1.0, min(math.frexp(largest)[1], 1022))
 
 
 COSTS: dict[str, Cost] = {

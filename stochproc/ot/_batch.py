@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stochproc._checks import check_choice
+from stochproc._warnings import warn_caller
 from stochproc.ot._batch_form import BatchForm, BatchResult, RaggedForm
 from stochproc.ot._batch_inputs import read_ragged, read_ragged_start, read_stack, read_stack_start
 from stochproc.ot._batch_newton import BatchOutcome, newton_batch
@@ -138,12 +138,13 @@ def solve_batch(
     tracker.stats["passes"] = outcome.n_iter
     about = _about(outcome)
     ended = Outcome(outcome.f, outcome.g, outcome.err, outcome.status, about)  # type: ignore[arg-type]
-    shown = float(regs) if regs.ndim == 0 else given.back(regs.detach())
+    regs = regs.detach()
+    shown = float(regs) if regs.ndim == 0 else given.back(regs)
     result = BatchResult(form, ended, tracker, given=given, reg=shown, reg_type=reg_type, method="newton")
     if about:
         from sklearn.exceptions import ConvergenceWarning
 
-        warnings.warn(about, ConvergenceWarning, stacklevel=2)
+        warn_caller(about, ConvergenceWarning)
     return result
 
 

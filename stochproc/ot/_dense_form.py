@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stochproc.ot import _gradients as gradients
 from stochproc.ot._form import Form, log_plan
+from stochproc.ot._gradients_unrolled import Unrolled
 from stochproc.ot._inputs import DenseInputs
 from stochproc.ot._rounding import round_plan
 
@@ -32,12 +33,23 @@ class DenseForm(Form):
         What gradients outputs carry; "envelope" leaves them to the value.
     rounded : bool
         Whether the plan is rounded to exact marginals.
+    run : Unrolled, default=None
+        Iterations whose graph takes the place of implicit gradients.
     """
 
-    def __init__(self, inputs: DenseInputs, f: Tensor, g: Tensor, *, grad: str = "implicit", rounded: bool = False):
+    def __init__(
+        self,
+        inputs: DenseInputs,
+        f: Tensor,
+        g: Tensor,
+        *,
+        grad: str = "implicit",
+        rounded: bool = False,
+        run: Unrolled | None = None,
+    ) -> None:
         self.given, self.M, self.a, self.b, self.reg = inputs
         self.f, self.g = f, g
-        self.rounded = rounded
+        self.rounded, self.run = rounded, run
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in inputs[1:])
         self.tracked = {"value": tracked, "plan": tracked and grad == "implicit"}
 
@@ -49,16 +61,21 @@ class DenseForm(Form):
         return tuple(t.detach() for t in self._arguments)
 
     def potentials(self) -> tuple[Tensor, Tensor]:
+        if self.run is not None:
+            return self.run.f.to(self.M.dtype), self.run.g.to(self.M.dtype)
         if self.tracked["plan"]:
             return gradients.potentials(*self._arguments)
         return self.f.to(self.M.dtype), self.g.to(self.M.dtype)
 
     def plan(self) -> Tensor:
-        plan = gradients.plan(*self._arguments) if self.tracked["plan"] else self._plan().to(self.M.dtype)
+        if self.run is not None:
+            plan = self.run.plan.to(self.M.dtype)
+        else:
+            plan = gradients.plan(*self._arguments) if self.tracked["plan"] else self._plan().to(self.M.dtype)
         if not self.rounded:
             return plan
         exact = round_plan(plan, self.a, self.b, forbidden=self._forbidden())
-        return plan if exact is None else exact
+        return plan if exact is None else _Rounded.apply(plan, exact)
 
     def _plan(self) -> Tensor:
         return log_plan(*self._constants()).exp_()
@@ -82,11 +99,15 @@ class DenseForm(Form):
         return self.plan()
 
     def value(self) -> Tensor:
+        if self.run is not None:
+            return ((self.a * self.run.f).sum() + (self.b * self.run.g).sum()).to(self.M.dtype)
         if self.tracked["value"]:
             return gradients.value(*self._arguments)
         return self.dual_value().to(self.M.dtype)
 
     def value_linear(self) -> Tensor:
+        if self.run is not None:
+            return (self.run.plan * torch.where(self.M < math.inf, self.M, 0.0)).sum().to(self.M.dtype)
         if self.tracked["plan"]:
             return gradients.value_linear(*self._arguments)
         return self._linear(self._plan()).to(self.M.dtype)
@@ -129,3 +150,15 @@ class DenseForm(Form):
         plan = self.plan() if forward else self.plan().mT
         shares = plan / plan.sum(-1, keepdim=True).clamp(min=torch.finfo(plan.dtype).tiny)
         return shares if values is None else shares @ values.to(shares)
+
+
+class _Rounded(torch.autograd.Function):
+    """The rounded plan with the gradient of the plan: at the optimum, where nothing is left to round, they agree."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Tensor, exact: Tensor) -> Tensor:
+        return exact.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn.functional import threshold
 
 from stochproc.ot._problem import Problem
 
-__all__ = ["DensePass", "DensePasses"]
+__all__ = ["DensePass", "DensePasses", "RowUpdate", "row_blocks"]
 
 LOG2E = math.log2(math.e)
 # exp2 of what is nearly subnormal costs ten times an ordinary one, and exp2(-inf) = 0 does not: what lies below the
@@ -27,45 +28,57 @@ CROWDED = 0.2
 BLOCK_BYTES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
-class DensePass:
-    r"""What one sweep at a potential g knows, with K the row softmax times its row totals.
+class RowUpdate:
+    """What one sweep at a potential g of the columns finds: the potential of the rows, and the column sums.
 
-    The plan is :math:`P = \mathrm{diag}(a / t) K`; it is never formed.
+    Parameters
+    ----------
+    problem : Problem
+    g : Tensor of shape (m,)
+    eps : float
+    room : callable
+        Where to write the exponentials of a slice of rows: kept by a pass that multiplies by its plan, overwritten by
+        the next slice otherwise.
     """
 
-    def __init__(self, passes: DensePasses, g: Tensor, eps: float, K: Tensor) -> None:
-        problem, cost = passes.problem, passes.cost
-        self.problem, self.eps, self.g, self.K = problem, eps, g, K
-        n, m = cost.shape
-        scale = LOG2E / eps
-        h = ((g + eps * passes.log_b) * scale).to(cost.dtype)
-        total, top = g.new_empty(n), g.new_empty(n)
-        c = g.new_zeros(m)
-        a, floor = problem.a, EXP2_FLOOR[cost.dtype]
-        for rows in passes.blocks:
-            z = K[rows]
+    def __init__(self, problem: Problem, g: Tensor, eps: float, room: Callable[[slice], Tensor]) -> None:
+        self.problem, self.eps, self.g = problem, eps, g
+        cost, a = problem.cost, problem.a
+        scale, floor = LOG2E / eps, EXP2_FLOOR[cost.dtype]
+        h = ((g + eps * problem.b.log()) * scale).to(cost.dtype)
+        total, top, c = torch.empty_like(a), torch.empty_like(a), torch.zeros_like(g)
+        for rows in row_blocks(cost):
+            z = room(rows)
             torch.sub(h, cost[rows], alpha=scale, out=z)
             high = z.amax(1, keepdim=True)
             threshold(z.sub_(high), floor, -math.inf, inplace=True).exp2_()
             total[rows], top[rows] = z.sum(1).double(), high.squeeze(1).double()
+            # The same exponentials, scaled to exact rows, give the columns: one a pair in a whole sweep.
             c += ((a[rows] / total[rows]).to(z.dtype) @ z).double()
         self.total, self.c = total, c
         self.f = -eps * (total.log2() + top) / LOG2E
-        self.phi = float(problem.a @ self.f + problem.b @ g)
+        self.phi = float(a @ self.f + problem.b @ g)
         self.err = float((c - problem.b).abs().sum())
 
     def log_ratio(self) -> tuple[Tensor, bool]:
         """Return log b - log c, finite however small c is, and whether that took another sweep."""
         problem, eps = self.problem, self.eps
         ratio = problem.b.log() - self.c.log()
-        lost = (self.c < TINY[self.K.dtype]).nonzero().squeeze(1)
-        log_a = problem.a.log().unsqueeze(1)
-        # As many columns at a time as make a block.
-        for columns in lost.split(max(1, (1 << 22) // max(1, 8 * problem.shape[0]))):
+        lost = (self.c < TINY[problem.cost.dtype]).nonzero().squeeze(1)
+        lift = (self.f / eps + problem.a.log()).unsqueeze(1)
+        # As many columns at a time as make a block of four million bytes.
+        for columns in lost.split(max(1, (1 << 19) // problem.shape[0])):
             cost = problem.cost.index_select(1, columns).double()
-            soft = torch.logsumexp((self.f.unsqueeze(1) - cost) / eps + log_a, 0)
-            ratio[columns] = -soft - self.g[columns] / eps
+            ratio[columns] = -torch.logsumexp(lift - cost / eps, 0) - self.g[columns] / eps
         return ratio, lost.numel() > 0
+
+
+class DensePass(RowUpdate):
+    r"""A sweep that keeps its exponentials K, to multiply by the plan :math:`P = \mathrm{diag}(a / t) K`."""
+
+    def __init__(self, passes: DensePasses, g: Tensor, eps: float, K: Tensor) -> None:
+        self.K = K
+        super().__init__(passes.problem, g, eps, K.__getitem__)
 
     def product(self, p: Tensor) -> Tensor:
         r"""Multiply by S = diag(c) - P^T diag(1/a) P."""
@@ -146,9 +159,7 @@ class DensePasses:
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.cost = problem, problem.cost
-        self.log_b = problem.b.log()
         self.free: list[Tensor] = []
-        self.blocks = row_blocks(problem.cost)
 
     def at(self, g: Tensor, eps: float) -> DensePass:
         """Sweep at g; at most one other pass may be in use, see :meth:`release`."""

@@ -37,13 +37,15 @@ class _Reduced(NamedTuple):
     columns: Tensor | None
     shift: Tensor
     flipped: bool
+    unit: float
 
 
-def choose_method(method: str, span: float, reg: float) -> str:
+def choose_method(method: str, span: float, reg: float, *, forbidden: bool = False) -> str:
     """Return the solver that "auto" stands for."""
     if method != "auto":
         return method
-    return "sinkhorn" if span <= EASY * reg else "newton"
+    # Around forbidden pairs Sinkhorn may slow down without end, at any reg.
+    return "sinkhorn" if span <= EASY * reg and not forbidden else "newton"
 
 
 @torch.no_grad()
@@ -60,8 +62,9 @@ def solve_dense(
     eps = float(inputs.reg)
     reduced = _reduce(M, a.double(), b.double(), eps)
     problem = reduced.problem
-    name = choose_method(method, problem.span, eps)
+    name = choose_method(method, problem.span, problem.eps, forbidden=not bool(problem.cost.amax() < math.inf))
     g0 = None if start is None else _start(start, reduced)
+    tracker.unit = reduced.unit
     solver = partial(newton, storage=storage) if name == "newton" else METHODS[name]
     try:
         if problem.cost.dtype == torch.float32:
@@ -70,7 +73,7 @@ def solve_dense(
             outcome = solver(problem, tracker, g0)
     finally:
         tracker.close()
-    f, g = (outcome.g, outcome.f) if reduced.flipped else (outcome.f, outcome.g)
+    f, g = (t / reduced.unit for t in ((outcome.g, outcome.f) if reduced.flipped else (outcome.f, outcome.g)))
     f, g = _expand(f, g, M, a.double(), b.double(), eps, reduced)
     return outcome._replace(f=f, g=g), name
 
@@ -93,15 +96,26 @@ def _reduce(M: Tensor, a: Tensor, b: Tensor, eps: float) -> _Reduced:
     shift = M.amin(1)
     if bool((shift != 0).any()) or not M.is_contiguous():
         M = torch.sub(M, shift.unsqueeze(1), out=M.new_empty(M.shape))
+    unit = _unit(span, M.dtype)
+    if unit != 1:
+        M, eps, span = M * unit, eps * unit, span * unit
     problem = Problem(M, a / a.sum(), b / b.sum(), eps, span)
-    return _Reduced(problem, rows, columns, shift.double(), flipped)
+    return _Reduced(problem, rows, columns, shift.double(), flipped, unit)
+
+
+def _unit(span: float, dtype: torch.dtype) -> float:
+    """Return the power of two that brings costs near the limits of their dtype to a range of about 1."""
+    small, large = (1e-15, 1e15) if dtype == torch.float32 else (1e-100, 1e100)
+    if not 0 < span < math.inf or small < span < large:
+        return 1.0
+    return 2.0 ** -math.frexp(span)[1]
 
 
 def _start(start: tuple[Tensor, Tensor], reduced: _Reduced) -> Tensor:
     """Return the potential of the columns of the reduced problem to start from."""
     g = start[0] if reduced.flipped else start[1]
     kept = reduced.rows if reduced.flipped else reduced.columns
-    g = g.detach().double()
+    g = g.detach().double() * reduced.unit
     return g if kept is None else g[kept]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stochproc import kernels
 from stochproc._checks import check_positive
-from stochproc.kernels import Radial
 from stochproc.ot._inputs import _points, read
 
 __all__ = ["DIFFERENTIABLE", "cost_matrix", "dist"]
@@ -104,56 +105,33 @@ def cost_matrix(
     if metric not in DIFFERENTIABLE:
         return _of_scipy(x, y, metric, w)
     if metric == "minkowski":
+        if not isinstance(p, numbers.Real):
+            raise TypeError(f"p must be a number; got {type(p).__name__}.")
         if not p >= 1:
             raise ValueError(f"p must be at least 1; got {p}.")
         metric = {1.0: "cityblock", 2.0: "euclidean"}.get(float(p), metric)
     if w is not None:
         scale = w if metric == "cityblock" else w ** (0.5 if metric != "minkowski" else 1 / p)
         x, y = x * scale, y * scale
-    if metric == "cityblock":
-        return _cityblock(x, y)
     if metric == "minkowski":
         return torch.cdist(x, y, p=float(p))
-    kernel = _Squared() if metric == "sqeuclidean" else _Root()
-    return kernel.to(x.device).requires_grad_(False)(x, y)
-
-
-class _Squared(Radial):
-    """The squared distance, by the same blocks as every radial kernel."""
-
-    def profile(self, sq: Tensor) -> Tensor:
-        return sq
-
-
-class _Root(Radial):
-    """The distance, whose gradient at 0 is 0."""
-
-    rough = True
-
-    def profile(self, sq: Tensor) -> Tensor:
-        # Twice where: the branch not taken must not give 0 times infinity in the backward.
-        apart = sq > 0
-        return torch.where(apart, torch.where(apart, sq, 1.0).sqrt(), 0.0)
-
-
-def _cityblock(x: Tensor, y: Tensor) -> Tensor:
-    if not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)):
-        return torch.cdist(x, y, p=1.0)
-    total = x.new_zeros(x.shape[0], y.shape[0])
-    for c in range(x.shape[1]):
-        total = total + (x[:, c, None] - y[None, :, c]).abs()
-    return total
+    return kernels.cost_matrix(metric, x, y)
 
 
 def _of_callable(x: Tensor, y: Tensor, metric: Any) -> Tensor:
     if not callable(metric):
         raise TypeError(f"metric must be a string or a function of two blocks of points; got {type(metric).__name__}.")
-    out = metric(x, y)
     shape = (x.shape[0], y.shape[0])
-    if not isinstance(out, Tensor) or tuple(out.shape) != shape:
-        came = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"metric must return a tensor of shape {shape}, one cost a pair; got {came}.")
-    return out
+
+    def checked(x: Tensor, y: Tensor) -> Tensor:
+        # The layer has the same check, and calls the function a cost.
+        out = metric(x, y)
+        if not isinstance(out, Tensor) or tuple(out.shape) != shape:
+            came = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"metric must return a tensor of shape {shape}, one cost a pair; got {came}.")
+        return out
+
+    return kernels.cost_matrix(checked, x, y)
 
 
 def _of_scipy(x: Tensor, y: Tensor, metric: str, w: Tensor | None) -> Tensor:

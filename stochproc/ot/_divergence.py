@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from stochproc._checks import check_choice
+from stochproc._warnings import warn_caller
 from stochproc.ot._dense_form import DenseForm
 from stochproc.ot._dense_solve import solve_dense
 from stochproc.ot._dist import cost_matrix
-from stochproc.ot._inputs import DenseInputs, PointInputs, check_budget, check_cost, read_points
+from stochproc.ot._inputs import DenseInputs, PointInputs, check_budget, check_cost, read, read_points
+from stochproc.ot._inputs import _points as checked_points
 from stochproc.ot._memory import free_bytes
 from stochproc.ot._outcome import Outcome, Tracker
 from stochproc.ot._point_form import LAYER_METRICS
-from stochproc.ot._self_transport import solve_self
+from stochproc.ot._self_transport import FLOOR, solve_self
 from stochproc.ot._solve_sample import _solve_lazy
+from stochproc.ot._unbalanced import span_of
 from stochproc.ot._unbalanced_points import solve_unbalanced_lazily
 from stochproc.ot._unbalanced_solve import Rho, read_rho, solve_unbalanced
 
@@ -65,7 +68,8 @@ def sinkhorn_divergence(
         both of its sides and OT(b, b) the second, which keeps S positive [2]_.
     tol : float, default=None
         Largest err of each of the three problems, as in :func:`solve`; 1e-10 and above is run at 1e-10 where costs
-        are stored. None is 1e-6 where they are not.
+        are stored, or at 1e-16 times the range of the costs over reg, which is rounding, where that is more. None is
+        1e-6 where they are not stored.
     max_iter : int, default=None
         Passes over the pairs at most, in each problem; None is 2000.
     lazy : bool or "auto", default="auto"
@@ -113,6 +117,7 @@ def sinkhorn_divergence(
     9.0
     """
     check_choice("lazy", lazy, (True, False, "auto"))
+    _check_points(X, Y)
     points = read_points(X, Y, a, b, reg, balanced=unbalanced is None)
     known = callable(metric) or metric in LAYER_METRICS
     if lazy is True and not known:
@@ -129,6 +134,14 @@ def sinkhorn_divergence(
         value = _Terms(points, metric, rho, tol, max_iter, lazy if known else False).value()
     value = points.given.back(value.to(dtype))
     return value if points.given.is_torch else value[()]
+
+
+def _check_points(X: Any, Y: Any) -> None:
+    """Refuse points by the names that they have here."""
+    found = read(X=X, Y=Y)[1]
+    x, y = (checked_points(name, found[name]) for name in ("X", "Y"))
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"X and Y must have the same number of columns; got {x.shape[1]} and {y.shape[1]}.")
 
 
 def _same(points: PointInputs) -> bool:
@@ -199,6 +212,8 @@ class _Terms:
             inputs = DenseInputs(p.given, cost_matrix(p.X, p.Y, self.metric), p.a, p.b, p.reg)
             check_cost("metric", inputs.M)
             if self.rho is None:
+                # As for the other two terms: what rounding leaves is no failure.
+                tracker.tol = max(tracker.tol, FLOOR * span_of(inputs.M.detach()) / float(p.reg.detach()))
                 outcome = solve_dense(inputs, tracker, start=start)[0]
                 form = DenseForm(inputs, outcome.f, outcome.g)
             else:
@@ -219,14 +234,11 @@ def in_double(metric: Any, dtype: torch.dtype) -> Any:
 
 
 def _warn(outcome: Outcome) -> None:
-    import warnings
-
     from sklearn.exceptions import ConvergenceWarning
 
-    warnings.warn(
+    warn_caller(
         f"a transport problem of the divergence did not converge (status '{outcome.status.value}'): {outcome.message}",
         ConvergenceWarning,
-        stacklevel=5,
     )
 
 

@@ -26,6 +26,10 @@ OPTIONS = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 
 # Reduced cost, in units of eps, below which a pair that is left out could lower the cost.
 PRICED = -1e-9
 MAX_ROUNDS = 100
+# Up to so many pairs HiGHS solves the whole programme sooner than a support of it is found.
+SMALL = 6_000
+# Gap, relative to the potentials, that is rounding; where there is more, the unit of costs is made finer so often.
+ROUNDING, FINER, MAX_FINER = 1e-14, 1e-4, 4
 # Error of a marginal, of a mass of 1, that is rounding; and how often what is larger is solved for again.
 EXACT, MAX_REFINED = 1e-15, 3
 
@@ -55,10 +59,22 @@ def solve_exact(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> ExactPlan:
     finite = np.isfinite(cost)
     span = float(np.ptp(cost[finite]))
     eps = EPS * span if span > 0 else 1.0
-    return _programme(cost, finite, a, b, _start(cost, a, b, eps, span), eps)
+    best = _programme(cost, finite, a, b, _start(cost, a, b, eps, span), eps)
+    for _ in range(MAX_FINER):
+        if best.gap <= ROUNDING * float(a @ np.abs(best.f) + b @ np.abs(best.g)):
+            break
+        # A few huge costs, as of pairs meant to be forbidden, hide all others behind the tolerance.
+        eps *= FINER
+        finer = _programme(cost, finite, a, b, best.g, eps)
+        if finer.gap >= best.gap:
+            break
+        best = finer
+    return best
 
 
 def _start(cost: np.ndarray, a: np.ndarray, b: np.ndarray, eps: float, span: float) -> np.ndarray:
+    if cost.size <= SMALL:
+        return np.zeros_like(b)
     lowest = torch.from_numpy(cost.min(1, keepdims=True))
     problem = Problem(torch.from_numpy(cost) - lowest, torch.from_numpy(a), torch.from_numpy(b), eps, span)
     g = newton(problem, Tracker(TOL, MAX_PASSES)).g.numpy()
@@ -69,7 +85,7 @@ def _programme(
     cost: np.ndarray, finite: np.ndarray, a: np.ndarray, b: np.ndarray, g: np.ndarray, eps: float
 ) -> ExactPlan:
     f = (cost - g).min(1)
-    support = _support(cost - f[:, None] - g, finite, eps, 1)
+    support = finite.copy() if cost.size <= SMALL else _support(cost - f[:, None] - g, finite, eps, 1)
     size = 1
     for rounds in range(1, MAX_ROUNDS + 1):
         rows, columns = np.nonzero(support)

@@ -79,6 +79,8 @@ def _tensors(present: dict[str, Tensor]) -> tuple[Given, dict[str, Tensor]]:
         on = ", ".join(f"{name} is on {value.device}" for name, value in present.items())
         raise TypeError(f"arguments must be on one device; {on}.")
     for name, value in present.items():
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}.")
         if value.is_complex() or (value.is_floating_point() and value.dtype not in FLOAT_TYPES):
             raise TypeError(f"{name} must hold integers, float32 or float64; got {value.dtype}.")
     floats = [value.dtype for value in present.values() if value.is_floating_point()]
@@ -94,7 +96,10 @@ def _tensors(present: dict[str, Tensor]) -> tuple[Given, dict[str, Tensor]]:
 def _from_numpy(present: dict[str, Any]) -> dict[str, Tensor]:
     arrays = {}
     for name, value in present.items():
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be an array of numbers; {error}") from None
         if array.dtype.kind == "O":
             try:
                 array = array.astype(np.float64)
@@ -159,7 +164,7 @@ def check_masses(a: Tensor, b: Tensor) -> Tensor:
     if bool(off.any()):
         first = tuple(off.nonzero()[0].tolist()) if off.ndim else ()
         raise ValueError(
-            f"a and b must have the same total mass; got {mass_a[first].item():.6g} and {mass_b[first].item():.6g}. "
+            f"a and b must have the same total mass; got {mass_a[first].item():.10g} and {mass_b[first].item():.10g}. "
             "Rescale one of them, or let mass be created and destroyed with unbalanced=."
         )
     ratio = (mass_a / mass_b).unsqueeze(-1)

@@ -13,8 +13,9 @@ from stochproc.ot import _two_grid
 from stochproc.ot._lazy_climb import LazyClimb
 from stochproc.ot._lazy_pass import LazyPasses, LazyPoint, Mode
 from stochproc.ot._outcome import Outcome, Tracker
+from stochproc.ot._problem import span_of_points
 
-__all__ = ["solve_lazy"]
+__all__ = ["scaled_points", "solve_lazy"]
 
 # Costs that span less than this many eps are left to Sinkhorn.
 EASY = 10.0
@@ -67,7 +68,7 @@ def solve_lazy(
     Outcome
         Its err is that of a sweep over all pairs in float64, and f is the exact row potential of g.
     """
-    X, Y, unit = _scaled(X, Y, metric)
+    X, Y, unit = scaled_points(X, Y, metric)
     solver = _Lazy(X, Y, a, b, eps / unit, metric, tracker)
     point = solver.run(None if g0 is None else g0.double() / unit)
     g = point.g[solver.back_y] if solver.back_y is not None else point.g
@@ -81,7 +82,7 @@ class _Lazy:
 
     def __init__(self, X: Tensor, Y: Tensor, a: Tensor, b: Tensor, eps: float, metric: Any, tracker: Tracker) -> None:
         self.X, self.Y, self.a, self.b, self.eps, self.metric, self.tracker = X, Y, a, b, eps, metric, tracker
-        self.span = _span(X, Y, metric)
+        self.span = span_of_points(X, Y, metric)
         self.back_x: Tensor | None = None
         self.back_y: Tensor | None = None
         self.grid: _two_grid.TwoGrid | None = None
@@ -212,7 +213,7 @@ class _Lazy:
         return f"rounding in {'float32' if single else 'float64'} allows about {floor:.1e} at this reg."
 
 
-def _scaled(X: Tensor, Y: Tensor, metric: Any) -> tuple[Tensor, Tensor, float]:
+def scaled_points(X: Tensor, Y: Tensor, metric: Any) -> tuple[Tensor, Tensor, float]:
     """Centre and scale both clouds in float64, by a power of two; costs are in ``unit`` times the new ones."""
     if not isinstance(metric, str):
         return X, Y, 1.0
@@ -222,16 +223,3 @@ def _scaled(X: Tensor, Y: Tensor, metric: Any) -> tuple[Tensor, Tensor, float]:
     centre, size = low + 0.5 * (high - low), float((high - low).max())
     scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
     return (X - centre) / scale, (Y - centre) / scale, scale**2 if metric == "sqeuclidean" else scale
-
-
-def _span(X: Tensor, Y: Tensor, metric: Any) -> float:
-    """Bound the range of the costs; a user's cost is looked at on a sample of the points."""
-    if isinstance(metric, str):
-        extent = torch.maximum(X.amax(0), Y.amax(0)) - torch.minimum(X.amin(0), Y.amin(0))
-        if metric == "cityblock":
-            return float(extent.sum())
-        square = float(extent.square().sum())
-        return square if metric == "sqeuclidean" else math.sqrt(square)
-    cost = metric(*(t[:: max(1, len(t) // 256)] for t in (X, Y)))
-    finite = cost[cost.isfinite()].double()
-    return float(finite.max() - finite.min()) if finite.numel() else 0.0

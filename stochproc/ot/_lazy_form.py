@@ -14,6 +14,7 @@ from stochproc.ot._dense_form import SPARSE_LEVEL
 from stochproc.ot._dist import cost_matrix
 from stochproc.ot._form import Form
 from stochproc.ot._inputs import PointInputs
+from stochproc.ot._lazy import scaled_points
 from stochproc.ot._lazy_plan import LazyPlan
 from stochproc.ot._point_form import barycentric_map, flipped
 
@@ -56,7 +57,7 @@ class LazyForm(Form):
 
     @property
     def eps(self) -> float:
-        return float(self.reg)
+        return float(self.reg.detach())
 
     def _clouds(self) -> tuple[Tensor, Tensor]:
         return self.points.X.detach(), self.points.Y.detach()
@@ -111,8 +112,9 @@ class LazyForm(Form):
         return torch.sparse_coo_tensor(index, values, shape, is_coalesced=True, check_invariants=True)
 
     def _entries(self, rows: Tensor, columns: Tensor, c: Tensor) -> Tensor:
-        exponent = (self.f[rows] + self.g[columns] - c) / self.eps
-        return (self.a.detach()[rows] * self.b.detach()[columns] * exponent.exp()).to(self.a.dtype)
+        # One exponential: products of two small or two large weights leave the range of their dtype.
+        log_ab = self.a.detach().double().log()[rows] + self.b.detach().double().log()[columns]
+        return ((self.f[rows] + self.g[columns] - c) / self.eps + log_ab).exp().to(self.a.dtype)
 
     def _row_height(self) -> Tensor:
         return self.f + self.eps * self.a.detach().double().log()
@@ -132,19 +134,24 @@ class LazyForm(Form):
 
     def _linear(self, f: Tensor, g: Tensor) -> Tensor:
         """Return <P, M> of the plan of two potentials, from the derivative of the soft maxima in eps."""
+        # In a unit in which squares of the costs do not leave the range of floats.
         X, Y = (t.double() for t in self._clouds())
+        X, Y, unit = scaled_points(X, Y, self.metric)
+        f, g, strength = f / unit, g / unit, self.eps / unit
         a, b = self.a.detach().double(), self.b.detach().double()
-        height = torch.where(b > 0, g + self.eps * b.log(), -math.inf)
-        eps = torch.tensor(self.eps, dtype=torch.float64, device=X.device, requires_grad=True)
-        with torch.enable_grad():
+        height = torch.where(b > 0, g + strength * b.log(), -math.inf)
+        with torch.inference_mode(False), torch.enable_grad():
+            # What comes from inference mode may not be kept for a backward; a copy may.
+            X, Y, height = (t.clone() if t.is_inference() else t for t in (X, Y, height))
+            eps = torch.tensor(strength, dtype=torch.float64, device=X.device, requires_grad=True)
             soft = logsumexp(self.metric, X, Y, height, eps=eps)
             # Row sums of the plan; the row softmax times these is the plan.
-            sums = torch.where(a > 0, a * (f / self.eps + soft.detach()).exp(), 0.0)
+            sums = torch.where(a > 0, a * (f / strength + soft.detach()).exp(), 0.0)
             (slope,) = torch.autograd.grad((sums * soft).sum(), eps)
-        product = softmax_pass(self.metric, X, Y, height, sums, eps=self.eps)
+        product = softmax_pass(self.metric, X, Y, height, sums, eps=strength)
         finite = torch.where(b > 0, height, 0.0)
         # d soft_i / d eps = -sum_j K_ij (height_j - c_ij) / eps^2
-        return (product.mass * finite).sum() + self.eps**2 * slope
+        return unit * ((product.mass * finite).sum() + strength**2 * slope)
 
     def _plan_sums(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         X, Y = (t.double() for t in self._clouds())

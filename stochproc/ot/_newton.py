@@ -11,6 +11,7 @@ from stochproc.ot._dense_pass import DensePasses
 from stochproc.ot._laplacian import LaplacianSolver
 from stochproc.ot._outcome import Outcome, Tracker
 from stochproc.ot._problem import Problem
+from stochproc.ot._sinkhorn import Doubt
 from stochproc.ot._sparse_pass import SparsePasses
 from stochproc.solvers import LineSearch, Trial
 
@@ -39,7 +40,6 @@ class Passes(Protocol):
     def problem(self) -> Any: ...
     def at(self, g: Tensor, eps: float) -> Any: ...
     def release(self, old: Any) -> None: ...
-    def forget(self, old: Any) -> None: ...
 
 
 def newton(problem: Problem, tracker: Tracker, g0: Tensor | None = None, *, storage: str = "dense") -> Outcome:
@@ -50,17 +50,19 @@ def newton(problem: Problem, tracker: Tracker, g0: Tensor | None = None, *, stor
     sparse = sparse and problem.cost.device.type == "cpu" and problem.cost.element_size() == 8
     passes = DensePasses(problem)
     ladder = Ladder(passes, tracker)
+    if not bool(problem.cost.amax() < math.inf):
+        ladder.doubt = Doubt(problem, tracker)
     point = ladder.warm(g0) if g0 is not None else None
     tol = max(tracker.tol, SPARSE_ERR) if sparse else tracker.tol
     point = ladder.anneal(tol) if point is None else ladder.climb(point, tol)
-    if sparse and point.err > tracker.tol and tracker.ended is None:
-        point = _finish_on_support(ladder, point)
-    return outcome_of(point, tracker)
+    if sparse and point.err > tracker.tol and not ladder.over:
+        point = _finish_on_support(ladder, passes, point)
+    return outcome_of(point, tracker, ladder.doubt.why if ladder.doubt else "")
 
 
-def _finish_on_support(ladder: Ladder, point: Any) -> Any:
+def _finish_on_support(ladder: Ladder, passes: DensePasses, point: Any) -> Any:
     """Go on where the plan is not negligible; a full pass has the last word."""
-    passes, tracker = ladder.passes, ladder.tracker
+    tracker = ladder.tracker
     for _ in range(SPARSE_ROUNDS):
         kept = point.truncated(SPARSE_LEVEL)
         if kept is None:
@@ -84,10 +86,10 @@ def _finish_on_support(ladder: Ladder, point: Any) -> Any:
     return ladder.climb(point, tracker.tol)
 
 
-def outcome_of(point: Any, tracker: Tracker) -> Outcome:
+def outcome_of(point: Any, tracker: Tracker, why: str = "") -> Outcome:
     """Return the end of a climb."""
     status = tracker.status_of(point.err)
-    return Outcome(point.f, point.g, point.err, status, tracker.message_of(point.err, floor_of(point)))
+    return Outcome(point.f, point.g, point.err, status, tracker.message_of(point.err, why or floor_of(point)))
 
 
 def floor_of(point: Any) -> str:
@@ -107,6 +109,13 @@ class Ladder:
     def __init__(self, passes: Passes, tracker: Tracker, what: str = "passes") -> None:
         self.passes, self.tracker, self.what = passes, tracker, what
         self.solver = LaplacianSolver()
+        self.doubt: Doubt | None = None
+        """Whether there is a plan at all, where that is in question."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be done, whatever err is."""
+        return self.tracker.ended is not None or (self.doubt is not None and self.doubt.confirmed())
 
     def warm(self, g0: Tensor) -> Any | None:
         point = self.at(g0, self.passes.problem.eps)
@@ -127,14 +136,14 @@ class Ladder:
                 return point
             g, eps = point.g, max(problem.eps, eps / ANNEAL_BY)
             self.passes.release(point)
-            if self.tracker.ended is not None:
-                # The callback or the budget ended it early: the potentials that fit the eps asked for.
+            if self.over:
+                # It ended early: the potentials that fit the eps asked for.
                 return self.at(g, problem.eps, counted=False)
 
     def climb(self, point: Any, tol: float) -> Any:
         """Improve a point until its err is at most tol, the tracker ends, or no step helps."""
         guards = sweeps = 0
-        while point.err > tol and self.tracker.ended is None and math.isfinite(point.err):
+        while point.err > tol and not self.over and math.isfinite(point.err):
             ratio, swept = point.log_ratio()
             if swept:
                 self.tracker.count(self.what)

@@ -71,10 +71,13 @@ class Tracker:
     """Set once the budget is spent or the callback asked to stop: solvers then return what they have."""
     started: float = field(default_factory=time.perf_counter)
     bar: Any = None
+    unit: float = 1.0
+    """What the solver multiplied costs by; eps and dual values are reported without."""
 
     def record(self, eps: float, err: float, dual_value: float, what: str = "passes") -> None:
         """Count one pass, trial steps too; those over a part of the pairs have a counter of their own."""
         self.stats[what] = self.stats.get(what, 0) + 1
+        eps, dual_value = eps / self.unit, dual_value / self.unit
         self.log.append((eps, err))
         if self.verbose:
             if self.bar is None:

@@ -14,6 +14,8 @@ from stochproc.ot._inputs import DenseInputs, PointInputs
 
 __all__ = ["LAYER_METRICS", "PointForm", "barycentric_map"]
 
+# Errors of the sums of rows that exponents of some thousand have by rounding.
+FAR = {torch.float32: 1e-2, torch.float64: 1e-6}
 # Metrics that the kernel layer evaluates without a matrix; others are stored.
 LAYER_METRICS = ("sqeuclidean", "euclidean", "cityblock")
 
@@ -43,11 +45,23 @@ def barycentric_map(
     weights, potential = (problem.b, g) if forward else (problem.a, f)
     eps = problem.reg.to(points)
     # Points without weight are no partners, whatever their potential.
-    height = torch.where(weights > 0, potential + eps * weights.log(), -torch.inf)
+    log_weights = torch.where(weights > 0, weights, 1.0).log()
+    height = torch.where(weights > 0, potential + eps * log_weights, -torch.inf)
     if callable(metric) or metric in LAYER_METRICS:
         cost = metric if forward else flipped(metric)
         soft = -eps * logsumexp(cost, points, other, height, eps=eps)
-        return expsum(cost, points, other, soft, height, values, eps=eps)
+        with torch.no_grad():
+            ones = torch.ones_like(values[:, :1])
+            total = expsum(cost, points, other, soft, height, ones, eps=eps).squeeze(-1)
+            far = ((total - 1).abs() > FAR[points.dtype]).nonzero().squeeze(1)
+        out = expsum(cost, points, other, soft, height, values, eps=eps)
+        if far.numel() == 0:
+            return out
+        # So far off that a cost less its soft minimum has no digits left: the rows of these few are written out.
+        exact = (
+            torch.softmax((height - cost_matrix(points[far], other, metric if forward else cost)) / eps, -1) @ values
+        )
+        return out.index_copy(0, far, exact)
     return torch.softmax((height - cost_matrix(points, other, metric)) / eps, -1) @ values
 
 

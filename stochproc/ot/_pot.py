@@ -145,8 +145,7 @@ def _run(
 
     start = None
     if warmstart is not None:
-        # exp(f / reg) a = u, and a constant in log a only moves the gauge where weights are uniform.
-        start = tuple(reg * (part - _log(w)) for part, w in zip(warmstart, _weights(a, b, M), strict=True))
+        start = _start(warmstart, a, b, M, reg)
     own = ("newton", "sns", "ssns")
     with warnings.catch_warnings():
         if not warn:
@@ -170,21 +169,31 @@ def _given(weights: Any) -> Any:
     return None if weights is None or len(weights) == 0 else weights
 
 
-def _weights(a: Any, b: Any, M: Any) -> tuple[Any, Any]:
+def _start(warmstart: Any, a: Any, b: Any, M: Any, reg: Any) -> tuple[Any, Any]:
+    """Return the potentials that scalings stand for: exp(f / reg) a = u."""
+    if not isinstance(warmstart, (tuple, list)) or len(warmstart) != 2:
+        raise TypeError(f"warmstart must be a pair (log u, log v); got {type(warmstart).__name__}.")
+    like = M if torch.is_tensor(M) else None
     out = []
-    for weights, size in ((a, M.shape[0]), (b, M.shape[1])):
-        uniform = _given(weights) is None
-        ones = torch.ones(size, dtype=M.dtype, device=M.device) if torch.is_tensor(M) else np.ones(size)
-        out.append(ones / size if uniform else weights)
+    for name, log_scaling, weights in zip(("log u", "log v"), warmstart, (a, b), strict=True):
+        part = (
+            log_scaling.detach()
+            if torch.is_tensor(log_scaling)
+            else torch.as_tensor(np.array(log_scaling, dtype=float))
+        )
+        if _given(weights) is None:
+            # Uniform weights only move the gauge.
+            log_w = torch.zeros_like(part)
+        else:
+            log_w = torch.as_tensor(weights if torch.is_tensor(weights) else np.array(weights, dtype=float))
+            log_w = torch.where(log_w > 0, log_w.detach(), 1.0).log()
+            if log_w.shape != part.shape:
+                raise ValueError(f"warmstart must hold {name} of shape {tuple(log_w.shape)}; got {tuple(part.shape)}.")
+            # Weights of zero have scalings of zero, and nothing depends on them.
+            part = torch.where(torch.as_tensor(part == -torch.inf) & (log_w == 0), 0.0, part)
+        potential = float(reg) * (part - log_w)
+        out.append(potential if like is not None else potential.numpy())
     return out[0], out[1]
-
-
-def _log(weights: Any) -> Any:
-    """Logarithm, with 0 for weights of 0, which have no scaling."""
-    if torch.is_tensor(weights):
-        return torch.where(weights > 0, weights, 1.0).log()
-    weights = np.asarray(weights, dtype=float)
-    return np.log(np.where(weights > 0, weights, 1.0))
 
 
 def _log_of(result: OTResult, a: Any, b: Any) -> dict[str, Any]:

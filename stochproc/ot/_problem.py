@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "span_of_points"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,3 +48,16 @@ class Problem:
     def double(self) -> Problem:
         """Return the problem in float64."""
         return replace(self, cost=self.cost.to(torch.float64))
+
+
+def span_of_points(X: Tensor, Y: Tensor, metric: Any) -> float:
+    """Bound the range of the costs of points; a user's cost is looked at on a sample of them."""
+    if isinstance(metric, str):
+        extent = torch.maximum(X.amax(0), Y.amax(0)) - torch.minimum(X.amin(0), Y.amin(0))
+        if metric == "cityblock":
+            return float(extent.sum())
+        square = float(extent.square().sum())
+        return square if metric == "sqeuclidean" else math.sqrt(square)
+    cost = metric(*(t[:: max(1, len(t) // 256)] for t in (X, Y)))
+    finite = cost[cost.isfinite()].double()
+    return float(finite.max() - finite.min()) if finite.numel() else 0.0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stochproc._base import Given
+from stochproc._warnings import warn_caller
 from stochproc.ot._form import Form
 from stochproc.ot._inputs import read
 from stochproc.ot._outcome import Outcome, Tracker
@@ -84,6 +85,7 @@ class OTResult:
     ) -> None:
         self._form, self._given, self._cache = form, given, {}  # type: tuple[Form, Given, dict[str, Any]]
         self.reg, self.reg_type, self.method = reg, reg_type, method
+        self._graph = torch.is_grad_enabled()
         self.err, self.status = outcome.err, outcome.status
         self.stats, self.log = tracker.stats, tracker.log
         self.n_iter: Any = tracker.stats["passes"]
@@ -102,7 +104,9 @@ class OTResult:
 
     def _kept(self, name: str, compute: Any) -> Any:
         if name not in self._cache:
-            self._cache[name] = compute()
+            # What is kept is in the graph or not by what held at the solve, not by where it is first asked for.
+            with torch.inference_mode(False), torch.set_grad_enabled(self._graph):
+                self._cache[name] = compute()
         return self._cache[name]
 
     def _array(self, name: str, compute: Any) -> Any:
@@ -268,16 +272,13 @@ class OTResult:
         )
 
 
-def warn_unless_converged(result: OTResult, stacklevel: int = 3) -> None:
+def warn_unless_converged(result: OTResult) -> None:
     """Issue the one warning of a solve that did not reach its tolerance."""
     if torch.is_tensor(result.err) or result.converged is True:
         return
-    import warnings
-
     from sklearn.exceptions import ConvergenceWarning
 
-    warnings.warn(
+    warn_caller(
         f"transport did not converge (status '{result.status.value}'): {result.convergence.message}",
         ConvergenceWarning,
-        stacklevel=stacklevel,
     )

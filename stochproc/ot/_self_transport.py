@@ -15,10 +15,11 @@ from stochproc.ot._form import Form
 from stochproc.ot._inputs import DenseInputs, PointInputs, check_cost
 from stochproc.ot._lazy_form import LazyForm
 from stochproc.ot._outcome import Outcome, Tracker
+from stochproc.ot._problem import span_of_points
 from stochproc.ot._symmetric import PointSweeps, StoredSweeps, Sweeps, symmetric
 from stochproc.ot._unbalanced import Split, span_of
 from stochproc.ot._unbalanced_form import UnbalancedForm
-from stochproc.ot._unbalanced_points import UnbalancedPointForm, span_of_points
+from stochproc.ot._unbalanced_points import UnbalancedPointForm
 
 __all__ = ["solve_self"]
 

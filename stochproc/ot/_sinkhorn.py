@@ -6,13 +6,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold
 
-from stochproc.ot._dense_pass import EXP2_FLOOR, LOG2E, TINY, row_blocks
+from stochproc.ot._dense_pass import RowUpdate, row_blocks
 from stochproc.ot._outcome import Outcome, Tracker
 from stochproc.ot._problem import Problem
 
-__all__ = ["Scaling", "Sweep", "sinkhorn"]
+__all__ = ["Scaling", "sinkhorn"]
 
 ANNEAL_FROM, ANNEAL_BY, ANNEAL_TOL = 8.0, 4.0, 1e-2
 # Sweeps without progress in err or dual value, beyond their rounding, after which none is expected.
@@ -21,40 +20,6 @@ PATIENCE = 100
 ROUNDING = {torch.float32: 5e-9, torch.float64: 1e-17}
 # Sweeps at which a pattern of forbidden pairs is first suspected to leave no plan; then at every doubling.
 SUSPECT = 50
-
-
-class Sweep:
-    """The potentials and column sums one pass finds at g: the row update, and what the column update needs."""
-
-    def __init__(self, problem: Problem, g: Tensor, eps: float, scratch: Tensor) -> None:
-        self.problem, self.eps, self.g = problem, eps, g
-        cost, a = problem.cost, problem.a
-        scale, floor = LOG2E / eps, EXP2_FLOOR[cost.dtype]
-        h = ((g + eps * problem.b.log()) * scale).to(cost.dtype)
-        self.f, self.c = torch.empty_like(a), torch.zeros_like(g)
-        for rows in row_blocks(cost):
-            z = scratch[: rows.stop - rows.start]
-            torch.sub(h, cost[rows], alpha=scale, out=z)
-            top = z.amax(1, keepdim=True)
-            threshold(z.sub_(top), floor, -math.inf, inplace=True).exp2_()
-            total = z.sum(1).double()
-            self.f[rows] = (total.log2() + top.squeeze(1)) / -scale
-            # The same exponentials, scaled to exact rows, give the columns: one exponential a pair in a whole sweep.
-            self.c += ((a[rows] / total).to(z.dtype) @ z).double()
-        self.phi = float(a @ self.f + problem.b @ g)
-        self.err = float((self.c - problem.b).abs().sum())
-
-    def log_ratio(self) -> tuple[Tensor, bool]:
-        """Return log b - log c, finite however small c is, and whether that took another pass."""
-        problem, eps = self.problem, self.eps
-        ratio = problem.b.log() - self.c.log()
-        lost = (self.c < TINY[problem.cost.dtype]).nonzero().squeeze(1)
-        lift = problem.a.log().unsqueeze(1) + self.f.unsqueeze(1) / eps
-        # As many columns at a time as make a block of four million bytes.
-        for columns in lost.split(max(1, (1 << 19) // problem.shape[0])):
-            cost = problem.cost.index_select(1, columns).double()
-            ratio[columns] = -torch.logsumexp(lift - cost / eps, 0) - self.g[columns] / eps
-        return ratio, lost.numel() > 0
 
 
 class Scaling:
@@ -67,23 +32,23 @@ class Scaling:
         self.why = ""
         """Why the last run ended above its tolerance, where something is known."""
 
-    def at(self, g: Tensor, eps: float, counted: bool = True) -> Sweep:
-        """Sweep at g."""
+    def at(self, g: Tensor, eps: float, counted: bool = True) -> RowUpdate:
+        """RowUpdate at g."""
         # The plan does not depend on a constant in g, and far-off means would cost digits.
         g = g - self.problem.b @ g
-        point = Sweep(self.problem, g, eps, self.scratch)
+        point = RowUpdate(self.problem, g, eps, lambda rows: self.scratch[: rows.stop - rows.start])
         if counted:
             self.tracker.record(eps, point.err, point.phi)
         return point
 
-    def ratio(self, point: Sweep) -> Tensor:
+    def ratio(self, point: RowUpdate) -> Tensor:
         """Return log b - log c of a sweep."""
         ratio, swept = point.log_ratio()
         if swept:
             self.tracker.count("passes")
         return ratio
 
-    def after(self, point: Sweep, ratio: Tensor | None = None) -> Tensor:
+    def after(self, point: RowUpdate, ratio: Tensor | None = None) -> Tensor:
         """Return the g whose columns are exact for the f of a sweep."""
         self.tracker.count("sinkhorn")
         return point.g + point.eps * (self.ratio(point) if ratio is None else ratio)
@@ -96,8 +61,8 @@ class Scaling:
             eps /= ANNEAL_BY
         return g
 
-    def run(self, g: Tensor, eps: float, tol: float, sweeps: int | None = None) -> Sweep:
-        """Sweep until err is at most tol, the tracker ends, nothing moves any more, or so many sweeps are done."""
+    def run(self, g: Tensor, eps: float, tol: float, sweeps: int | None = None) -> RowUpdate:
+        """RowUpdate until err is at most tol, the tracker ends, nothing moves any more, or so many sweeps are done."""
         problem = self.problem
         digits = ROUNDING[problem.cost.dtype] * problem.span
         # Beyond the rounding of the exponents there is that of the sums.
@@ -123,10 +88,7 @@ class Scaling:
                 shortage = hall_shortage(problem, ratio)
                 # Exact rows make the columns miss at least that much, and others get it in excess.
                 if 2 * shortage > tol:
-                    self.why = (
-                        f"forbidden pairs (+inf) leave no plan: some columns ask for {shortage:.3g} more mass "
-                        "than the rows allowed to serve them have."
-                    )
+                    self.why = short_of(shortage)
                     return point
             g = self.after(point, ratio)
 
@@ -148,6 +110,41 @@ def floor_of(problem: Problem) -> str:
     name = str(problem.cost.dtype).removeprefix("torch.")
     floor = ROUNDING[problem.cost.dtype] * problem.span / problem.eps
     return f"rounding in {name} allows about {floor:.1e} at this reg."
+
+
+class Doubt:
+    """Looks, ever more seldom, whether forbidden pairs leave no plan: by sweeps at an eps at which that shows soon."""
+
+    def __init__(self, problem: Problem, tracker: Tracker) -> None:
+        self.problem, self.tracker = problem, tracker
+        self.next, self.sweeps = SUSPECT, SUSPECT
+        self.eps = max(problem.span, problem.eps)
+        self.g = torch.zeros_like(problem.b)
+        self.why = ""
+        """What was found, once something was."""
+
+    def confirmed(self) -> bool:
+        """Return whether there is no plan, as far as is known after the passes done."""
+        if not self.why and len(self.tracker.log) >= self.next:
+            self.next = 2 * len(self.tracker.log)
+            scaling = Scaling(self.problem, self.tracker)
+            for _ in range(self.sweeps):
+                point = scaling.at(self.g, self.eps, counted=False)
+                ratio = scaling.ratio(point)
+                self.g = scaling.after(point, ratio)
+            self.tracker.count("passes", self.sweeps)
+            shortage = hall_shortage(self.problem, ratio)
+            if 2 * shortage > self.tracker.tol:
+                self.why = short_of(shortage)
+        return bool(self.why)
+
+
+def short_of(shortage: float) -> str:
+    """Say that there is no plan."""
+    return (
+        f"forbidden pairs (+inf) leave no plan: some columns ask for {shortage:.3g} more mass than the rows allowed to "
+        "serve them have."
+    )
 
 
 def hall_shortage(problem: Problem, ratio: Tensor) -> float:

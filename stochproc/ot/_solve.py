@@ -12,12 +12,13 @@ from stochproc._checks import check_choice
 from stochproc.ot._dense_form import DenseForm
 from stochproc.ot._dense_solve import METHODS, solve_dense
 from stochproc.ot._form import Form
-from stochproc.ot._inputs import check_budget, read, read_dense
-from stochproc.ot._outcome import OTState, Tracker
+from stochproc.ot._gradients_unrolled import Unrolled, solve_unrolled
+from stochproc.ot._inputs import DenseInputs, check_budget, read, read_dense
+from stochproc.ot._outcome import OTState, Outcome, Tracker
 from stochproc.ot._result import OTResult, warn_unless_converged
 from stochproc.ot._unbalanced_solve import is_hard, read_rho, solve_unbalanced
 
-__all__ = ["check_options", "check_unbalanced", "plain", "read_start", "solve"]
+__all__ = ["check_options", "check_unbalanced", "plain", "read_start", "solve", "solve_balanced"]
 
 
 def solve(
@@ -75,7 +76,7 @@ def solve(
     grad : {"implicit", "envelope", "unroll"}, default="implicit"
         How results depend on M, a, b and reg in the autograd graph: "implicit" differentiates the optimum, for every
         output; "envelope" does so for ``value`` alone; "unroll" runs Sinkhorn sweeps inside the graph, for
-        comparisons.
+        comparisons: derivatives of any order, at the memory of all sweeps.
     round : bool, default=False
         Round ``plan`` to one whose marginals are a and b to the last digit.
     storage : {"auto", "dense", "sparse"}, default="auto"
@@ -131,7 +132,7 @@ def solve(
     >>> result.status.value, result.err < 1e-9
     ('converged', True)
     """
-    check_options(reg_type=reg_type, method=method, grad=grad, storage=storage)
+    check_options(reg_type=reg_type, method=method, grad=grad, storage=storage, callback=callback)
     soft = unbalanced is not None and not is_hard(unbalanced)
     inputs = read_dense(M, a, b, reg, balanced=not soft)
     budget = check_budget(tol, max_iter, inputs.M.dtype)
@@ -144,11 +145,29 @@ def solve(
         form, outcome = solve_unbalanced(inputs, rho, tracker, grad=grad, start=start)
         name = "newton"
     else:
-        outcome, name = solve_dense(inputs, tracker, method=method, start=start, storage=storage)
-        form = DenseForm(inputs, outcome.f, outcome.g, grad=grad, rounded=round)
+        outcome, name, run = solve_balanced(inputs, tracker, method=method, start=start, storage=storage, grad=grad)
+        form = DenseForm(inputs, outcome.f, outcome.g, grad=grad, rounded=round, run=run)
     result = OTResult(form, outcome, tracker, given=inputs.given, reg=plain(reg), reg_type=reg_type, method=name)
     warn_unless_converged(result)
     return result
+
+
+def solve_balanced(
+    inputs: DenseInputs,
+    tracker: Tracker,
+    *,
+    method: str,
+    start: tuple[Tensor, Tensor] | None,
+    storage: str,
+    grad: str,
+) -> tuple[Outcome, str, Unrolled | None]:
+    """Solve outside the graph or, for unrolled gradients of something, by sweeps inside it."""
+    if grad == "unroll" and method not in ("auto", "sinkhorn"):
+        raise ValueError(f"method must be 'auto' or 'sinkhorn' for grad='unroll'; got {method!r}.")
+    if grad == "unroll" and torch.is_grad_enabled() and any(t.requires_grad for t in inputs[1:]):
+        run, outcome = solve_unrolled(inputs, tracker, start)
+        return outcome, "sinkhorn", run
+    return *solve_dense(inputs, tracker, method=method, start=start, storage=storage), None
 
 
 def check_unbalanced(*, reg_type: str, method: str, grad: str, round: bool) -> None:
@@ -164,12 +183,14 @@ def check_unbalanced(*, reg_type: str, method: str, grad: str, round: bool) -> N
         raise ValueError("round must be False for an unbalanced problem, which has no marginals to keep; got True.")
 
 
-def check_options(*, reg_type: str, method: str, grad: str, storage: str = "auto") -> None:
+def check_options(*, reg_type: str, method: str, grad: str, storage: str = "auto", callback: Any = None) -> None:
     """Raise ValueError, listing the choices, for a word that is none of them."""
     check_choice("reg_type", reg_type, ("KL", "entropy"))
     check_choice("method", method, ("auto", *METHODS))
     check_choice("grad", grad, ("implicit", "envelope", "unroll"))
     check_choice("storage", storage, ("auto", "dense", "sparse"))
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function or None; got {type(callback).__name__}.")
 
 
 def plain(reg: Any) -> Any:

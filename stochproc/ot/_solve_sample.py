@@ -11,7 +11,6 @@ from torch import Tensor
 
 from stochproc._checks import check_choice
 from stochproc.kernels import logsumexp
-from stochproc.ot._dense_solve import solve_dense
 from stochproc.ot._dist import cost_matrix
 from stochproc.ot._form import Form, bounded
 from stochproc.ot._inputs import (
@@ -28,7 +27,7 @@ from stochproc.ot._memory import free_bytes
 from stochproc.ot._outcome import OTState, Outcome, Tracker
 from stochproc.ot._point_form import LAYER_METRICS, PointForm, barycentric_map, flipped
 from stochproc.ot._result import OTResult, warn_unless_converged
-from stochproc.ot._solve import check_options, check_unbalanced, plain, read_start
+from stochproc.ot._solve import check_options, check_unbalanced, plain, read_start, solve_balanced
 from stochproc.ot._unbalanced_solve import is_hard, read_rho, solve_unbalanced
 
 __all__ = ["solve_sample"]
@@ -112,7 +111,7 @@ def solve_sample(
     >>> round(float(result.value_linear), 4)
     0.05
     """
-    check_options(reg_type=reg_type, method=method, grad=grad, storage=storage)
+    check_options(reg_type=reg_type, method=method, grad=grad, storage=storage, callback=callback)
     check_choice("lazy", lazy, (True, False, "auto"))
     soft = unbalanced is not None and not is_hard(unbalanced)
     points = read_points(X_a, X_b, a, b, reg, balanced=not soft)
@@ -143,8 +142,8 @@ def solve_sample(
             name = "newton"
         else:
             check_finite_pairs(inputs.M, inputs.a, inputs.b)
-            outcome, name = solve_dense(inputs, tracker, method=method, start=start, storage=storage)
-            form = PointForm(points, metric, inputs.M, outcome.f, outcome.g, grad=grad, rounded=round)
+            outcome, name, run = solve_balanced(inputs, tracker, method=method, start=start, storage=storage, grad=grad)
+            form = PointForm(points, metric, inputs.M, outcome.f, outcome.g, grad=grad, rounded=round, run=run)
     result = OTResult(form, outcome, tracker, given=points.given, reg=plain(reg), reg_type=reg_type, method=name)
     warn_unless_converged(result)
     return result

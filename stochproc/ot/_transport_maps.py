@@ -12,8 +12,7 @@ from sklearn.base import OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from stochproc import _persistence
-from stochproc._base import FLOATS, Given, as_array
+from stochproc._base import FLOATS, Given, SavedMixin, as_array
 from stochproc._checks import check_choice
 from stochproc._persistence import as_tensor
 from stochproc.ot._transport_labels import codes_of, one_hot, read_labels
@@ -26,7 +25,7 @@ MAPS = ("continuous", "ferradans")
 _TENSORS = ("X", "Y", "a", "b", "f", "g", "rows", "columns")
 
 
-class TransportMaps(OneToOneFeatureMixin, TransformerMixin):
+class TransportMaps(SavedMixin, OneToOneFeatureMixin, TransformerMixin):
     """The part of a transport estimator that comes after its fit.
 
     An estimator that mixes it in writes ``fit``, and ends it by calling ``_finish``.
@@ -233,22 +232,8 @@ class TransportMaps(OneToOneFeatureMixin, TransformerMixin):
         shares = self._solved.own_images(values, forward=forward).to(getattr(torch, self._about["dtype"]))
         return shares.to(given.device) if given.is_torch else shares.cpu().numpy()
 
-    def save(self, path: Any) -> None:
-        """Write the fitted estimator to one safetensors file; of the plan the potentials only.
-
-        Parameters
-        ----------
-        path : str or path-like
-            Replaced whole, or not at all.
-
-        Raises
-        ------
-        TypeError
-            If the metric is a function; nothing is written then.
-        sklearn.exceptions.NotFittedError
-            If the estimator is not fitted.
-        """
-        check_is_fitted(self)
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        # Of the plan the potentials only: the rest follows from them.
         solved = self._solved
         names = _TENSORS[:6] if solved.rows is None else _TENSORS
         state = {
@@ -260,40 +245,17 @@ class TransportMaps(OneToOneFeatureMixin, TransformerMixin):
             "n_iter": self.n_iter_,
             "converged": self.converged_,
         }
-        tensors = {name: getattr(solved, name) for name in names}
-        _persistence.write(path, type(self), self.get_params(deep=False), state, tensors)  # type: ignore[attr-defined]
+        return {name: getattr(solved, name) for name in names}, state
 
-    @classmethod
-    def load(cls, path: Any) -> Any:
-        """Read an estimator that :meth:`save` wrote.
-
-        Parameters
-        ----------
-        path : str or path-like
-
-        Returns
-        -------
-        estimator
-            Fitted, on the CPU, with the same maps.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If the path is a directory, or the file is not one of this library or holds another class.
-        """
-        parameters, state, tensors = _persistence.read(path, cls)
-        estimator = cls(**parameters)
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         if state["feature_names_in"]:
-            estimator.feature_names_in_ = np.asarray(state["feature_names_in"], dtype=object)
-        estimator.n_features_in_ = tensors["X"].shape[1]
+            self.feature_names_in_ = np.asarray(state["feature_names_in"], dtype=object)
+        self.n_features_in_ = tensors["X"].shape[1]
         about = {name: state[name] for name in ("scale", "dtype", "torch", "metric", "logs")}
         metric = LogCost(about["metric"], about["logs"]) if about["logs"] else about["metric"]
         solved = Transport(**tensors, eps=state["eps"], metric=metric, lazy=state["lazy"])
         classes = None if state["classes"] is None else np.asarray(state["classes"], dtype=object)
-        estimator._finish(solved, about, classes, state["n_iter"], state["converged"])
-        return estimator
+        self._finish(solved, about, classes, state["n_iter"], state["converged"])
 
 
 def _by_name(method: Callable[..., Any]) -> Callable[..., Any]:

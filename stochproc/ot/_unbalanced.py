@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def unbalanced(
 
 
 def separated(
-    f: Tensor, g: Tensor, problem: Problem, masses: tuple[Tensor, Tensor], penalties: Penalties
+    f: Tensor, g: Tensor, problem: Any, masses: tuple[Tensor, Tensor], penalties: Penalties
 ) -> tuple[Tensor, Tensor]:
     """Return the potentials with the gauge apart, from balanced ones for weights of mass one."""
     eps, rho_a, rho_b = problem.eps, penalties.rho_a, penalties.rho_b

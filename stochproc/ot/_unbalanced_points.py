@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from stochproc.ot._form import Form
 from stochproc.ot._inputs import PointInputs
 from stochproc.ot._outcome import Outcome, Tracker
 from stochproc.ot._point_form import flipped
+from stochproc.ot._problem import span_of_points
 from stochproc.ot._unbalanced import Split, split, unbalanced_value
 from stochproc.ot._unbalanced_gradients import slopes
 from stochproc.ot._unbalanced_lazy import unbalanced_points
 
-__all__ = ["UnbalancedPointForm", "solve_unbalanced_lazily", "span_of_points"]
+__all__ = ["UnbalancedPointForm", "solve_unbalanced_lazily"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -145,18 +145,6 @@ def solve_unbalanced_lazily(
                 full[idle] = answer / (1 + eps / strength)
     form = UnbalancedPointForm(points, metric, rho, (rows, columns), solved, (f, g))
     return form, outcome._replace(f=f, g=g)
-
-
-def span_of_points(X: Tensor, Y: Tensor, metric: Any) -> float:
-    """Bound the range of the costs; a user's cost is looked at on a sample of the points."""
-    if isinstance(metric, str):
-        extent = torch.maximum(X.amax(0), Y.amax(0)) - torch.minimum(X.amin(0), Y.amin(0))
-        if metric == "cityblock":
-            return float(extent.sum())
-        square = float(extent.square().sum())
-        return square if metric == "sqeuclidean" else math.sqrt(square)
-    cost = metric(*(t[:: max(1, len(t) // 256)] for t in (X, Y)))
-    return float(cost.amax() - cost.amin())
 
 
 def _constants(points: PointInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

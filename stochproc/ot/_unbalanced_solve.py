@@ -25,7 +25,10 @@ def read_rho(unbalanced: Any, like: Tensor, name: str = "unbalanced") -> Rho | N
     """Return the strengths of both penalties in float64, in the graph; None where the problem is balanced."""
     if unbalanced is None:
         return None
-    pair = unbalanced if isinstance(unbalanced, (tuple, list)) else (unbalanced, unbalanced)
+    several = isinstance(unbalanced, (tuple, list)) or (
+        isinstance(unbalanced, (np.ndarray, Tensor)) and unbalanced.ndim
+    )
+    pair = tuple(unbalanced) if several else (unbalanced, unbalanced)
     if len(pair) != 2:
         raise ValueError(f"{name} must be one number or a pair; got {len(pair)} numbers.")
     out = []

@@ -100,8 +100,20 @@ def line_cost(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
     of_x = (merged < x.shape[-1]).long()
     index_x = (of_x.cumsum(-1) - of_x).clamp(max=x.shape[-1] - 1)
     index_y = ((1 - of_x).cumsum(-1) - (1 - of_x)).clamp(max=y.shape[-1] - 1)
-    distance = (x.gather(-1, index_x) - y.gather(-1, index_y)).abs()
-    return (mass * (distance if p == 1 else distance**p)).sum(-1)
+    cost = _power(x.gather(-1, index_x) - y.gather(-1, index_y), p)
+    # Pieces of mass 0 may be too far apart for their cost to be a number.
+    cost = torch.where(cost.isinf() & (mass == 0), torch.finfo(cost.dtype).max, cost)
+    return (mass * cost).sum(-1)
+
+
+def _power(difference: Tensor, p: float) -> Tensor:
+    """Return ``|difference| ** p``; where a derivative is infinite at 0, as the second is for p < 2, it is set to 0."""
+    if p == 1:
+        return difference.abs()
+    if p == 2:
+        return difference.square()
+    apart = difference != 0
+    return torch.where(apart, torch.where(apart, difference, 1.0).abs() ** p, 0.0)
 
 
 def _order(p: Any) -> float:

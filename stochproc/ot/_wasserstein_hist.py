@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stochproc._checks import check_positive
+from stochproc._checks import check_integer, check_positive
 from stochproc.ot._envelope import with_gradient
 from stochproc.ot._inputs import check_budget, check_masses, check_weights, read, read_reg
 from stochproc.ot._newton import Ladder
@@ -26,6 +26,10 @@ __all__ = ["wasserstein_hist"]
 
 # Of the largest cost. On a square the kernel of one axis then spans exp(-500), which products take in their stride.
 DEFAULT_REG = 1e-3
+# Regularisation, relative to the cost between neighbouring cells, at which plan and divergence are equally far off
+# (p = 2, 8 to 20 cells a side, smooth and rough weights: 0.1 makes errors of 0.000 and -0.09 squared cells, 2 makes
+# errors of 1.1 and -0.36).
+BLURRED = 0.7
 
 
 def wasserstein_hist(
@@ -64,7 +68,8 @@ def wasserstein_hist(
     debiased : bool, default=None
         True: return the Sinkhorn divergence, which is 0 for equal histograms and whose error falls as ``reg`` squared
         for p = 2. False: return the cost of a plan, an upper bound of the exact value. None means the closer of the
-        two: False for p = 1, where a plan is nearly free of bias on a grid, else True.
+        two: False for p = 1, and where ``reg`` is below 0.7 of the cost between neighbouring cells, as it is by default
+        on grids of about 20 cells a side or less: a plan is then nearly free of bias. Else True.
     tol : float, default=None
         Relative L1 error of the marginals at which the solver stops; None means 1e-9, or 1e-5 for float32.
     max_iter : int, default=None
@@ -137,11 +142,12 @@ def wasserstein_hist(
     mass = float(a.detach().double().sum())
     u, v = (t.detach().double() / t.detach().double().sum() for t in (a, b))
     costs = AxisCosts(shape, steps, float(p), a.device)
-    debias = p > 1 if debiased is None else bool(debiased)
+    strength = eps or DEFAULT_REG * costs.span
+    debias = _is_blurred(shape, steps, float(p), strength) if debiased is None else bool(debiased)
     if costs.span == 0 or (eps is None and sum(side > 1 for side in shape) == 1):
         solution = _exact(costs, u, v, steps, float(p))
     else:
-        solution = _regularised(costs, u, v, eps or DEFAULT_REG * costs.span, debias, tol, max_iter)
+        solution = _regularised(costs, u, v, strength, debias, tol, max_iter)
 
     value = with_gradient(mass * solution.value, (a, solution.gradient_a), (b, solution.gradient_b))
     if solution.message:
@@ -277,7 +283,10 @@ def _grids(shape: Any, a: Tensor | None, b: Tensor | None) -> tuple[tuple[int, .
     if shape is None:
         shape = tuple(a.shape)
     else:
-        shape = tuple(int(side) for side in shape)
+        sides = tuple(shape)
+        for side in sides:
+            check_integer("shape", side, 1)
+        shape = tuple(int(side) for side in sides)
     if not shape or min(shape) < 1:
         raise ValueError(f"shape must have at least one side, each at least 1; got {shape}.")
     out = []
@@ -289,6 +298,12 @@ def _grids(shape: Any, a: Tensor | None, b: Tensor | None) -> tuple[tuple[int, .
         check_weights(name, weights.reshape(-1))
         out.append(weights.reshape(shape))
     return shape, out[0], out[1]
+
+
+def _is_blurred(shape: tuple[int, ...], steps: list[float], p: float, eps: float) -> bool:
+    """Return whether a plan is off by more than a divergence: its blur then reaches from cell to cell."""
+    steps = [step for step, side in zip(steps, shape, strict=True) if side > 1]
+    return p > 1 and bool(steps) and eps >= BLURRED * min(steps) ** p
 
 
 def _spacing(spacing: Any, shape: tuple[int, ...]) -> list[float]:

@@ -135,7 +135,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_a_shared_cost_is_never_copied_for_all_items(gen, monkeypatch):
-    B, n = 60, 20
+    B, n = 24, 12
     monkeypatch.setitem(machine.STACK_BYTES, "cpu", 8 * 8 * n * n)
     M, a, b = torch.rand(n, n, generator=gen), simplex(B, n, generator=gen), simplex(B, n, generator=gen)
     with Largest() as seen:

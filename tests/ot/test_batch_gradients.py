@@ -54,3 +54,11 @@ def test_envelope_gradients_reach_the_value_alone(gen):
     torch.testing.assert_close(found, result.plan, rtol=0, atol=1e-12)
     assert not result.plan.requires_grad
     assert not result.value_linear.requires_grad
+
+
+def test_one_reg_for_all_may_require_a_gradient(gen):
+    # Warnings are errors here: torch has one for numbers taken from a graph.
+    M, a = torch.rand(4, 3, generator=gen), torch.rand(2, 4, generator=gen) + 0.1
+    a = a / a.sum(1, keepdim=True)
+    reg = torch.tensor(0.3, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda reg: solve_batch(M, a, reg=reg, tol=1e-13).value, (reg,))

@@ -114,3 +114,22 @@ def test_refuses_metrics_without_a_gradient_and_mixed_kinds(points):
         dist(x, np.zeros((2, 3)))
     with pytest.raises(TypeError, match="metric must be a string or a function"):
         dist(x, metric=3)
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e-130, 1e160, 1e300])
+def test_distances_keep_their_digits_where_squares_do_not(points, unit):
+    x, y = points
+    torch.testing.assert_close(
+        dist(x * unit, y * unit, "euclidean") / unit, dist(x, y, "euclidean"), rtol=1e-14, atol=0
+    )
+    x = (x * unit).requires_grad_()
+    (grad,) = torch.autograd.grad(dist(x, y * unit, "euclidean").sum(), x)
+    diff = points[0][:, None] - y
+    expected = (diff / diff.norm(dim=-1, keepdim=True)).sum(1)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.bad_input
+def test_the_order_must_be_a_number():
+    with pytest.raises(TypeError, match="p must be a number; got str"):
+        dist(np.zeros((2, 2)), metric="minkowski", p="3")

@@ -191,3 +191,30 @@ def test_rejects_a_metric_that_is_not_symmetric(gen):
 def test_rejects_an_unknown_way_of_storing(gen, lazy):
     with pytest.raises(ValueError, match="lazy must be one of"):
         sinkhorn_divergence(*clouds(gen)[:2], 0.1, lazy=lazy)
+
+
+def test_far_clouds_are_no_failure(gen):
+    # Rounding leaves err 1e-17 times the range of the costs over reg, here more than 1e-10. Squared distances of means
+    # alone remain, and half of the difference of the spreads, of size 1.
+    x, y = torch.rand(6, 2, generator=gen), torch.rand(5, 2, generator=gen) + 1e4
+    value = sinkhorn_divergence(x, y, 0.1)
+    assert abs(float(value) / float((x.mean(0) - y.mean(0)).square().sum()) - 1) <= 1e-8
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e-160, 1e200])
+def test_the_unit_of_distances_is_free(unit, gen):
+    x, y = torch.rand(6, 2, generator=gen), torch.rand(5, 2, generator=gen)
+    expected = sinkhorn_divergence(x, y, 0.1, metric="euclidean")
+    value = sinkhorn_divergence(x * unit, y * unit, 0.1 * unit, metric="euclidean") / unit
+    # Differences of terms of size 1, each to 1e-10 squared.
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.bad_input
+def test_messages_name_the_points_as_the_arguments_do():
+    with pytest.raises(ValueError, match=r"X must have shape \(n, d\)"):
+        sinkhorn_divergence(np.zeros(3), np.zeros((3, 1)), 0.1)
+    with pytest.raises(ValueError, match="Y must be finite"):
+        sinkhorn_divergence(np.zeros((3, 1)), np.full((3, 1), np.nan), 0.1)
+    with pytest.raises(ValueError, match="X and Y must have the same number of columns; got 1 and 2"):
+        sinkhorn_divergence(np.zeros((3, 1)), np.zeros((3, 2)), 0.1)

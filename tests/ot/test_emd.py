@@ -46,6 +46,13 @@ def problem(kind, seed, n=30, m=22):
 KINDS = ["random", "uniform", "assignment", "cloud", "city block", "integers", "zero or one", "skewed", "some zero"]
 
 
+@pytest.fixture(params=["whole", "by parts"])
+def route(request, monkeypatch):
+    """Both ways to a solution: the programme of all pairs, and of a support that grows."""
+    if request.param == "by parts":
+        monkeypatch.setattr("stochproc.ot._emd_lp.SMALL", 0)
+
+
 def by_programme(a, b, M):
     """The linear programme over all finite pairs."""
     rows, columns = np.nonzero(np.isfinite(M))
@@ -57,6 +64,7 @@ def by_programme(a, b, M):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", [*KINDS, "forbidden pairs"])
+@pytest.mark.usefixtures("route")
 def test_the_cost_is_that_of_the_full_programme(kind, seed):
     a, b, M = problem(kind, seed)
     plan, log = emd(a, b, M, log=True)
@@ -104,6 +112,7 @@ def test_the_line_is_solved_by_sorting():
 
 def test_pricing_mends_potentials_that_start_it_wrong(monkeypatch):
     a, b, M = problem("random", 3)
+    monkeypatch.setattr("stochproc.ot._emd_lp.SMALL", 0)
     monkeypatch.setattr("stochproc.ot._emd_lp._start", lambda cost, a, b, eps, span: np.zeros_like(b))
     monkeypatch.setattr("stochproc.ot._emd_lp.FEWEST", 1)
     out = solve_exact(M, a, b)
@@ -218,3 +227,16 @@ def test_refuses_what_is_no_problem(args, error, message):
 def test_masses_are_matched_when_they_are_not_checked():
     plan = emd([1.0, 1.0], [1.0, 3.0], np.array([[0.0, 1.0], [1.0, 0.0]]), check_marginals=False)
     assert plan.tolist() == [[0.5, 0.5], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("huge", [1e6, 1e12, 1e15])
+@pytest.mark.parametrize("shape", [(30, 20), (12, 40)])
+def test_huge_costs_hide_no_others(huge, shape):
+    # Pairs meant to be forbidden: the exact answer is that of +inf, up to rounding of costs of size 1.
+    rng = np.random.default_rng(5)
+    M = rng.random(shape)
+    M[rng.random(shape) < 0.1] = huge
+    a, b = (rng.random(k) + 0.01 for k in shape)
+    a, b = a / a.sum(), b / b.sum()
+    forbidden = np.where(M < huge, M, np.inf)
+    assert abs(emd2(a, b, M) - emd2(a, b, forbidden)) <= 1e-14

@@ -4,9 +4,10 @@ import mpmath
 import pytest
 import torch
 
+from stochproc.ot._dense_pass import RowUpdate
 from stochproc.ot._joint_dual import JointDual
 from stochproc.ot._outcome import Tracker
-from stochproc.ot._sinkhorn import Sweep, hall_shortage, sinkhorn
+from stochproc.ot._sinkhorn import hall_shortage, sinkhorn
 from stochproc.solvers import Status
 from tests.ot.transport_reference import outcome_err as true_err
 from tests.ot.transport_reference import outcome_plan as plan
@@ -97,7 +98,8 @@ def test_annealing_reaches_at_small_eps_what_plain_sweeps_do_not(gen):
 
 def test_underflowed_columns_get_their_exact_update(gen):
     problem = cloud(gen, 20, 10, 1e-5)
-    sweep = Sweep(problem, torch.linspace(0, -0.5, 10), 1e-5, torch.empty(20, 10))
+    room = torch.empty(20, 10)
+    sweep = RowUpdate(problem, torch.linspace(0, -0.5, 10), 1e-5, room.__getitem__)
     assert float(sweep.c.min()) == 0
     ratio, swept = sweep.log_ratio()
     z = (sweep.f.unsqueeze(1) + sweep.g - problem.cost) / 1e-5 + problem.a.log().unsqueeze(1)

@@ -149,3 +149,19 @@ def test_refuses_mixed_kinds():
         wasserstein_1d(np.zeros(2), torch.zeros(2))
     with pytest.raises(TypeError, match="p must be a number"):
         wasserstein_1d(np.zeros(2), np.zeros(2), p="1")
+
+
+def test_an_atom_without_weight_may_be_any_distance_away():
+    x, y = np.array([0.0, 1.0, 1e300]), np.array([0.0, 3.0])
+    # Its squared distance is no number; half of the mass goes from 1 to 3.
+    assert wasserstein_1d(x, y, np.array([0.5, 0.5, 0.0]), p=2) == 2.0
+    assert wasserstein_1d(x, y, p=2) == np.inf
+
+
+@pytest.mark.parametrize(("p", "expected"), [(1.5, 0.0), (2, 2 / 3), (3, 0.0)])
+def test_second_derivatives_are_finite_where_atoms_coincide(p, expected):
+    # Of |d| ** p / 3 at d = 0: 2 / 3 for p = 2; infinite for p < 2, and 0 here.
+    x = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(wasserstein_1d(x, x.detach().clone(), p=p), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    torch.testing.assert_close(second, torch.full_like(x, expected), rtol=1e-15, atol=0)

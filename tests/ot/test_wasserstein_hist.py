@@ -6,6 +6,7 @@ import torch
 from scipy.optimize import linprog
 from sklearn.exceptions import ConvergenceWarning
 
+from stochproc.ot._emd import emd2
 from stochproc.ot._newton import newton
 from stochproc.ot._outcome import Tracker
 from stochproc.ot._problem import Problem
@@ -173,14 +174,17 @@ def test_the_gradient_of_the_divergence(gen, p):
 def test_the_gradient_of_the_divergence_at_empty_cells_is_its_slope(gen):
     a, b = images(gen, 4, 4, zeros=0.4)
     a = a.requires_grad_()
-    (grad,) = torch.autograd.grad(wasserstein_hist(a, b, reg=0.5, tol=1e-13), a)
+    (grad,) = torch.autograd.grad(wasserstein_hist(a, b, reg=0.5, debiased=True, tol=1e-13), a)
     a = a.detach()
     empty, full = (a == 0).nonzero()[0], (a > 0).nonzero()[0]
     step = 1e-6
     moved = a.clone()
     moved[tuple(empty)] += step
     moved[tuple(full)] -= step
-    slope = (wasserstein_hist(moved, b, reg=0.5, tol=1e-13) - wasserstein_hist(a, b, reg=0.5, tol=1e-13)) / step
+    slope = (
+        wasserstein_hist(moved, b, reg=0.5, debiased=True, tol=1e-13)
+        - wasserstein_hist(a, b, reg=0.5, debiased=True, tol=1e-13)
+    ) / step
     # The debiasing term has a kink like step log step in what it takes from an empty cell.
     assert slope.item() == pytest.approx((grad[tuple(empty)] - grad[tuple(full)]).item(), abs=1e-3)
 
@@ -255,3 +259,18 @@ def test_refuses_what_is_no_pair_of_histograms(change, error, message):
     args = {"a": np.ones((2, 3)) / 6, "b": np.ones((2, 3)) / 6, **change}
     with pytest.raises(error, match=message):
         wasserstein_hist(**args)
+
+
+@pytest.mark.bad_input
+def test_sides_that_are_no_integers_are_refused():
+    with pytest.raises(TypeError, match=r"shape must be an integer; got 2\.5"):
+        wasserstein_hist(np.full(6, 1 / 6), np.full(6, 1 / 6), shape=(2.5, 3))
+
+
+def test_small_grids_are_nearly_exact_by_default(gen):
+    # reg is a tenth of the cost between neighbours: the plan mixes neighbours by exp(-10) or so.
+    a, b = torch.rand(8, 8, generator=gen), torch.rand(8, 8, generator=gen)
+    a, b = a / a.sum(), b / b.sum()
+    at = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
+    exact = emd2(a.reshape(-1), b.reshape(-1), torch.cdist(at, at).square())
+    assert 0 <= float(wasserstein_hist(a, b) - exact) <= 1e-4
