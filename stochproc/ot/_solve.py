@@ -63,8 +63,8 @@ def solve(
     method : {"auto", "newton", "sns", "sinkhorn", "ssns"}, default="auto"
         "newton" anneals reg and takes truncated Newton steps on the semi-dual, guarded by Sinkhorn steps; "sns" is
         Sinkhorn-Newton-Sparse as published [1]_; "ssns" is the safe and sparse Newton method [2]_; "sinkhorn"
-        scales rows and columns in the log domain. "auto" is "sinkhorn" where costs differ by at most 10 reg, else
-        "newton".
+        scales rows and columns in the log domain. "auto" is "sinkhorn" where costs differ by at most 10 reg and no
+        pair is forbidden, else "newton".
     tol : float, default=None
         Largest err, the L1 distance of the marginals of the plan from a and b relative to the mass. None is 1e-9 in
         float64 and 1e-5 in float32.
