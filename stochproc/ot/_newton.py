@@ -28,6 +28,8 @@ LONGEST = 20.0
 # Late truncation: from how many pairs on, at which err, and which entries of the plan stay, relative to the smaller
 # weight of their pair.
 SPARSE_FROM, SPARSE_ERR, SPARSE_LEVEL, SPARSE_ROUNDS = 1_000_000, 0.1, 1e-12, 3
+# Sweeps over one support; what needs more is better done on all pairs.
+SPARSE_PASSES = 200
 # Last resorts in a row at the final eps after which nothing is expected any more.
 MAX_SWEEPS = 3
 
@@ -64,14 +66,17 @@ def _finish_on_support(ladder: Ladder, passes: DensePasses, point: Any) -> Any:
     """Go on where the plan is not negligible; a full pass has the last word."""
     tracker = ladder.tracker
     for _ in range(SPARSE_ROUNDS):
+        # The support takes the place of the buffers in memory.
+        passes.free.clear()
         kept = point.truncated(SPARSE_LEVEL)
         if kept is None:
             break
         problem, g, eps, err = point.problem, point.g, point.eps, point.err
-        # The support takes the place of the two buffers in memory.
         passes.forget(point)
         part = Ladder(SparsePasses(problem, kept), tracker, what="sparse_passes")
         part.solver.level = ladder.solver.level
+        # A support without a plan would use up what full sweeps need.
+        part.until = len(tracker.log) + SPARSE_PASSES
         best = part.climb(part.at(g, eps), 0.5 * tracker.tol)
         ladder.solver.level = part.solver.level
         found = best.g
@@ -109,13 +114,17 @@ class Ladder:
     def __init__(self, passes: Passes, tracker: Tracker, what: str = "passes") -> None:
         self.passes, self.tracker, self.what = passes, tracker, what
         self.solver = LaplacianSolver()
+        self.until = math.inf
+        """Number of recorded passes at which to end."""
         self.doubt: Doubt | None = None
         """Whether there is a plan at all, where that is in question."""
 
     @property
     def over(self) -> bool:
         """Whether nothing more is to be done, whatever err is."""
-        return self.tracker.ended is not None or (self.doubt is not None and self.doubt.confirmed())
+        if self.tracker.ended is not None or len(self.tracker.log) >= self.until:
+            return True
+        return self.doubt is not None and self.doubt.confirmed()
 
     def warm(self, g0: Tensor) -> Any | None:
         point = self.at(g0, self.passes.problem.eps)

@@ -56,14 +56,15 @@ class SparsePass:
     def truncated(self, delta: float) -> sp.csr_array | None:
         """Return the entries of P above delta min(a_i, b_j)."""
         a, b = self.problem.a.numpy(), self.problem.b.numpy()
-        plan = sp.csr_array(sp.diags_array(a) @ self.shares)
-        rows = np.repeat(np.arange(len(a)), np.diff(plan.indptr))
-        high = np.zeros(len(b))
-        np.maximum.at(high, plan.indices, plan.data)
-        level = np.minimum(delta * np.minimum(a[rows], b[plan.indices]), high[plan.indices])
-        kept = (plan.data >= level) | (plan.data >= (plan.max(1).toarray().ravel())[rows])
-        starts = np.concatenate([[0], np.cumsum(np.add.reduceat(kept, plan.indptr[:-1]))])
-        return sp.csr_array((plan.data[kept], plan.indices[kept], starts), plan.shape)
+        columns, starts = self.shares.indices, self.shares.indptr
+        rows = np.repeat(np.arange(len(a)), np.diff(starts))
+        plan, column_top = self.shares.data * a[rows], np.zeros(len(b))
+        np.maximum.at(column_top, columns, plan)
+        row_top = np.maximum.reduceat(plan, starts[:-1])
+        level = np.minimum(delta * np.minimum(a[rows], b[columns]), np.minimum(column_top[columns], row_top[rows]))
+        kept = plan >= level
+        counts = np.add.reduceat(kept.astype(np.int64), starts[:-1])
+        return sp.csr_array((plan[kept], columns[kept], np.concatenate([[0], counts.cumsum()])), self.shares.shape)
 
 
 class SparsePasses:
