@@ -356,6 +356,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, small sizes; nothing is written then")
     parser.add_argument("--only", nargs="*", default=None, choices=list(TABLES), help="nothing is written then")
+    parser.add_argument("--update", action="store_true", help="write the tables of --only into the present file")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds that a slow peer gets a problem")
     parser.add_argument("--log-limit", type=float, default=120.0, help="the same of POT's sinkhorn_log")
     args = parser.parse_args()

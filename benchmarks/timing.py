@@ -162,22 +162,27 @@ def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
 def run_tables(name: str, tables: dict[str, Callable[[argparse.Namespace], Any]], args: argparse.Namespace) -> None:
     """Run and print the tables, and write them to ``results/<name>_<device>.json`` unless only some are wanted.
 
-    The file is written after each table: what took hours is not lost with a run that ends early.
+    The file is written after each table: what took hours is not lost with a run that ends early. With ``args.update``
+    the tables of ``args.only`` take the place of those in the file, which notes the load they were made under.
     """
     start = time.process_time()
     about = machine(args.device)
     print(f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['threads']} thread(s)")
-    found: dict[str, Any] = {}
+    path = RESULTS / f"{name}_{args.device}.json"
+    update = args.only is not None and getattr(args, "update", False)
+    old = json.loads(path.read_text()) if update and path.exists() else None
+    found: dict[str, Any] = old["tables"] if old else {}
     for title, make in tables.items():
         if args.only is None or title in args.only:
             before = time.perf_counter()
             found[title] = make(args)
             show(f"{title} ({time.perf_counter() - before:.0f} s)", found[title])
-            if args.only is None:
+            if args.only is None or update:
                 about["cpu_seconds_of_this_script"] = round(time.process_time() - start, 1)
                 RESULTS.mkdir(exist_ok=True)
-                path = RESULTS / f"{name}_{args.device}.json"
-                whole = _rounded({"machine": about, "tables": found})
+                if old:
+                    old["machine"].setdefault("load_average_of_updates", {})[title] = about["load_average"]
+                whole = _rounded({"machine": old["machine"] if old else about, "tables": found})
                 path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
                 print(f"\nwritten: benchmarks/results/{path.name}", flush=True)
 
