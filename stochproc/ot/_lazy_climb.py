@@ -24,6 +24,8 @@ MAX_SWEEPS = 3
 MOST_CG = 320
 # Directions that are stored where the preconditioner is not symmetric.
 MAX_STORED = 20
+# Points in a row without err halving, after which it is at the rounding of the passes and only wanders.
+PATIENCE = 60
 STEPS = (1.0, 0.5, 0.25, 1 / 16, 1 / 64, 1 / 256, 1 / 4096, 1 / 65536, 1 / 2**20)
 
 
@@ -88,10 +90,18 @@ class LazyClimb:
     def climb(self, point: Any, tol: float, mode_of: Callable[[Any], Mode]) -> Any:
         """Improve a point until its err is at most tol, the tracker ends, or no step helps.
 
-        ``mode_of`` gives the mode of the sweep after a point.
+        ``mode_of`` gives the mode of the sweep after a point. The best point of the last mode is returned.
         """
-        guards = sweeps = 0
+        guards = sweeps = stale = 0
+        best, milestone = point, point.err
         while point.err > tol and self.tracker.ended is None and math.isfinite(point.err):
+            if point.err < best.err or not _alike(point.mode, best.mode):
+                best = point
+            if point.err <= 0.5 * milestone:
+                milestone, stale = point.err, 0
+            stale += 1
+            if stale > PATIENCE:
+                break
             mode, ratio = mode_of(point), point.log_ratio()
             if not self.newton:
                 plain = self._plain_step(point, ratio, mode)
@@ -116,7 +126,7 @@ class LazyClimb:
                 break
             self.tracker.count("sinkhorn")
             point = self._at(point.g + point.eps * ratio, point.eps, mode)
-        return point
+        return best if best.err < point.err and _alike(best.mode, point.mode) else point
 
     def _work_harder(self, failed: bool) -> None:
         """Solve the next Newton system further; by its diagonal, where the coarse correction led nowhere."""
@@ -186,3 +196,8 @@ class LazyClimb:
         point = self.passes.at(g, eps, mode)
         self.tracker.record(eps, point.err, point.phi)
         return point
+
+
+def _alike(one: Mode, other: Mode) -> bool:
+    """Whether the errs of two sweeps can be compared: the same pairs in the same precision."""
+    return one.single == other.single and one.ranges is other.ranges
