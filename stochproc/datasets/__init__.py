@@ -28,6 +28,7 @@ from stochproc.datasets._tables import (
     load_digits,
     load_iris,
     load_sample_images,
+    load_star98,
     load_wine,
 )
 from stochproc.datasets._tensors import load_covid19_serology, load_il2, load_indian_pines, load_kinetic
@@ -53,6 +54,7 @@ __all__ = [
     "load_sample_images",
     "load_sp500",
     "load_sp500_volatility",
+    "load_star98",
     "load_sunspots",
     "load_vix",
     "load_wine",

@@ -1,8 +1,10 @@
-"""Tables and images that come with scikit-learn, each with a line on its licence."""
+"""Tables and images that come with scikit-learn and statsmodels, each with a line on its licence."""
 
 from typing import Any
 
 import numpy as np
+
+from stochproc.datasets._bunch import describe, need
 
 __all__ = [
     "load_breast_cancer",
@@ -10,6 +12,7 @@ __all__ = [
     "load_digits",
     "load_iris",
     "load_sample_images",
+    "load_star98",
     "load_wine",
 ]
 
@@ -115,6 +118,47 @@ def load_iris(*, return_X_y: bool = False) -> Any:
         Nothing is missing.
     """
     return _from_sklearn("load_iris", "centimetres", _UCI, return_X_y)
+
+
+def load_star98(*, return_X_y: bool = False) -> Any:
+    """Load test results and circumstances of 303 school districts of California in 1998, twelve features, regression.
+
+    Parameters
+    ----------
+    return_X_y : bool, default=False
+        Return ``(data, target)`` instead.
+
+    Returns
+    -------
+    sklearn.utils.Bunch
+        ``data`` (303, 12), ``target`` (303,) the percentage of pupils above the national median in mathematics,
+        ``feature_names``, ``DESCR``. Nothing is missing.
+
+    Raises
+    ------
+    ImportError
+        If statsmodels is not installed; the message says how to get it.
+
+    Notes
+    -----
+    The products of features that come with the data, made for a linear model, are left out.
+    """
+    from sklearn.utils import Bunch
+
+    frame = need("statsmodels.api", "load_star98").datasets.star98.load_pandas().data
+    names = [name for name in frame.columns[2:] if "_" not in name]
+    data = frame[names].to_numpy(dtype=np.float64)
+    above, below = (frame[name].to_numpy(dtype=np.float64) for name in ("NABOVE", "NBELOW"))
+    target = 100 * above / (above + below)
+    if return_X_y:
+        return data, target
+    DESCR = describe(
+        "Test results and circumstances of 303 school districts of California, 1998.",
+        origin="J. Gill, Generalized Linear Models: A Unified Approach (2000), from the STAR programme",
+        units="target in per cent of pupils; features in per cent, years, thousands of dollars and ratios",
+        licence="the author retains all rights; distributed by statsmodels with his express permission",
+    )
+    return Bunch(data=data, target=target, feature_names=names, DESCR=DESCR)
 
 
 def load_sample_images() -> Any:

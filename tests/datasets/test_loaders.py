@@ -8,7 +8,14 @@ import pytest
 from stochproc import datasets
 from stochproc.datasets import _bunch
 
-TABLES = {"digits": (1797, 64), "diabetes": (442, 10), "breast_cancer": (569, 30), "wine": (178, 13), "iris": (150, 4)}
+TABLES = {
+    "digits": (1797, 64),
+    "diabetes": (442, 10),
+    "star98": (303, 12),
+    "breast_cancer": (569, 30),
+    "wine": (178, 13),
+    "iris": (150, 4),
+}
 SERIES = {
     "nile": ("statsmodels", (100,), 0),
     "co2": ("statsmodels", (2284,), 59),
@@ -32,6 +39,7 @@ TENSORS = {
     "indian_pines": ((145, 145, 200), 0),
 }
 PACKAGES = {name: package for name, (package, _, _) in SERIES.items()} | dict.fromkeys(TENSORS, "tensorly")
+PACKAGES["star98"] = "statsmodels"
 
 
 @pytest.fixture
@@ -62,6 +70,14 @@ def test_tables_have_their_documented_shape(name, no_network):
     np.testing.assert_array_equal(bunch.target, y)
     assert np.isfinite(X).all()
     assert all(word in bunch.DESCR for word in ("Units:", "Missing values: none", "Licence:"))
+
+
+def test_the_target_of_star98_is_a_percentage_of_few_decimals():
+    bunch = load("star98")
+    assert 0 < bunch.target.min() < bunch.target.max() < 100
+    # The first district has 452 pupils above the median and 355 below it.
+    assert bunch.target[0] == pytest.approx(100 * 452 / 807)
+    assert not any("_" in name for name in bunch.feature_names)
 
 
 def test_options_of_tables_are_passed_on():
