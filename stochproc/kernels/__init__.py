@@ -4,11 +4,12 @@ from stochproc.kernels import duals
 from stochproc.kernels._arc_cosine import ArcCosine
 from stochproc.kernels._base import Kernel, Prepared
 from stochproc.kernels._composite import ActiveDims, Product, Scale, Sum
-from stochproc.kernels._convert import KERNEL_NAMES, as_gpytorch, as_kernel, kernel_from_config
+from stochproc.kernels._convert import KERNEL_NAMES, as_gpytorch, as_kernel, kernel_from_config, register_kernel
 from stochproc.kernels._cost_matrix import cost_matrix
 from stochproc.kernels._dispatch import select_backend
 from stochproc.kernels._dot import Dot, Linear, Polynomial
 from stochproc.kernels._keops import keops_status
+from stochproc.kernels._keops_pair import KeopsPair, KeopsValue
 from stochproc.kernels._operator import KernelOperator
 from stochproc.kernels._pair import Pair
 from stochproc.kernels._reduce import argmin, kmin, matvec
@@ -24,6 +25,8 @@ __all__ = [
     "ActiveDims",
     "ArcCosine",
     "Dot",
+    "KeopsPair",
+    "KeopsValue",
     "Kernel",
     "KernelOperator",
     "Linear",
@@ -50,6 +53,7 @@ __all__ = [
     "kmin",
     "logsumexp",
     "matvec",
+    "register_kernel",
     "select_backend",
     "softmax_pass",
     "support",

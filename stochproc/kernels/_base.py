@@ -221,8 +221,9 @@ class Kernel(torch.nn.Module):
         Parameters
         ----------
         order : int, default=None
-            Order of the approximation where the form is not exact: 2 to 8 for :class:`RBF` (None: 6), harmonics
-            for :class:`Periodic` (None: 7). Sums, products and scalings hand it to their parts.
+            Order of the approximation where the form is not exact: 2 to 8 for
+            :class:`stochproc.kernels.RBF` (None: 6), harmonics for :class:`stochproc.kernels.Periodic` (None: 7).
+            Sums, products and scalings hand it to their parts.
 
         Returns
         -------

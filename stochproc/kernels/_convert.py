@@ -17,7 +17,7 @@ from stochproc.kernels._stationary import RBF, Matern, Periodic, RationalQuadrat
 if TYPE_CHECKING:
     import gpytorch
 
-__all__ = ["KERNEL_NAMES", "as_gpytorch", "as_kernel", "kernel_from_config"]
+__all__ = ["KERNEL_NAMES", "as_gpytorch", "as_kernel", "kernel_from_config", "register_kernel"]
 
 _BY_NAME: dict[str, Callable[[Any], Kernel]] = {
     "rbf": lambda lengthscale: RBF(lengthscale),
@@ -53,6 +53,40 @@ LIBRARY_KERNELS: dict[str, type[Kernel]] = {
         ActiveDims,
     )
 }
+
+
+def register_kernel(cls: type[Kernel]) -> None:
+    """Let a kernel class defined elsewhere be written as names and numbers and rebuilt.
+
+    Parameters
+    ----------
+    cls : type
+        Subclass of Kernel whose ``config`` adds to :meth:`Kernel.config` what its ``from_options`` (a classmethod,
+        given the config without the name of the class) or, without one, its constructor takes.
+
+    Raises
+    ------
+    TypeError
+        If ``cls`` is not a subclass of Kernel.
+    ValueError
+        If another class of this name is known.
+
+    Examples
+    --------
+    >>> from stochproc.kernels import RBF, kernel_from_config, register_kernel
+    >>> class Doubled(RBF):
+    ...     def profile(self, sq):
+    ...         return 2 * super().profile(sq)
+    >>> register_kernel(Doubled)
+    >>> kernel_from_config(Doubled(0.5).config())
+    Doubled(lengthscale=0.5)
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Kernel)):
+        raise TypeError(f"cls must be a subclass of Kernel; got {cls!r}.")
+    known = LIBRARY_KERNELS.setdefault(cls.__name__, cls)
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"a kernel class named {cls.__name__!r} is known already, of {known.__module__}.")
+    LIBRARY_KERNELS[cls.__name__] = cls
 
 
 class _Function(Kernel):
@@ -188,4 +222,6 @@ def kernel_from_config(config: Mapping[str, Any]) -> Kernel:
         return Scale(**options) if name == "Scale" else ActiveDims(**options)
     if name not in LIBRARY_KERNELS:
         raise ValueError(f"unknown kernel class {name!r}; valid: {', '.join(LIBRARY_KERNELS)}.")
-    return LIBRARY_KERNELS[name](**options)
+    cls: Any = LIBRARY_KERNELS[name]
+    rebuilt: Kernel = cls.from_options(options) if hasattr(cls, "from_options") else cls(**options)
+    return rebuilt

@@ -56,6 +56,17 @@ class Dual(ABC):
             If f has no derivative with a finite second moment (Sign).
         """
 
+    @property
+    def has_formula(self) -> bool:
+        """Whether pairs of a KeOps formula, :class:`~stochproc.kernels.KeopsPair`, can go through."""
+        from stochproc.kernels._keops_snippets import has_snippet
+
+        return has_snippet(self)
+
+    def _check(self, pair: Pair) -> None:
+        """Raise ValueError if the norms of a pair are out of the range of the formulas; any norm is in it here."""
+        return
+
     @abstractmethod
     def _variance(self, q: Tensor) -> Tensor:
         """E f(u)^2 for u of variance q."""

@@ -33,9 +33,6 @@ class _SmoothDual(Dual):
     def _value(self, pair: Pair) -> Tensor:
         """E f(u) f(v) by a formula that autograd can differentiate everywhere."""
 
-    def _check(self, pair: Pair) -> None:
-        """Raise ValueError if the norms are out of the range of the formulas."""
-
     def __call__(self, pair: Pair) -> Pair:
         self._check(pair)
         r1, r2 = self._norm(pair.r1), self._norm(pair.r2)

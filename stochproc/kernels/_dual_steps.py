@@ -16,11 +16,11 @@ from stochproc.kernels._pair import Pair
 from stochproc.kernels._pair_points import clamp_defect, row_slices
 
 # Odd series of sin t - t cos t and of t - sin t: coefficients of t^3, t^5, ...
-_H_SERIES = [(-1) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 10)]
-_EXCESS_SERIES = [(-1) ** (k + 1) / math.factorial(2 * k + 1) for k in range(1, 10)]
+H_SERIES = [(-1) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 10)]
+EXCESS_SERIES = [(-1) ** (k + 1) / math.factorial(2 * k + 1) for k in range(1, 10)]
 # Terms after which the next is below half a unit in the last place, at t = 1/2 and at t = 1.
-_TERMS_TO_HALF = {torch.float32: 4, torch.float64: 7}
-_TERMS_TO_ONE = {torch.float32: 5, torch.float64: 9}
+TERMS_TO_HALF = {torch.float32: 4, torch.float64: 7}
+TERMS_TO_ONE = {torch.float32: 5, torch.float64: 9}
 
 
 def by_rows(step: Callable[..., tuple[Tensor, Tensor]], *fields: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,13 +45,13 @@ def _cube_series(t: Tensor, coefficients: list[float]) -> Tensor:
 
 def sine_minus_chord(t: Tensor) -> Tensor:
     """Return h(t) = sin t - t cos t for t in [0, pi], accurate relative to itself."""
-    series = _cube_series(t, _H_SERIES[: _TERMS_TO_HALF[t.dtype]])
+    series = _cube_series(t, H_SERIES[: TERMS_TO_HALF[t.dtype]])
     return torch.where(t < 0.5, series, t.sin().sub_(t.cos().mul_(t)))
 
 
 def angle_minus_sine(t: Tensor) -> Tensor:
     """Return t - sin t for t in [0, pi], accurate relative to itself."""
-    return torch.where(t < 1, _cube_series(t, _EXCESS_SERIES[: _TERMS_TO_ONE[t.dtype]]), t - t.sin())
+    return torch.where(t < 1, _cube_series(t, EXCESS_SERIES[: TERMS_TO_ONE[t.dtype]]), t - t.sin())
 
 
 def rectified_step(pair: Pair, c: float, g: float) -> tuple[Tensor, Tensor]:

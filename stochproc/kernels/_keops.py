@@ -20,6 +20,7 @@ __all__ = [
     "keops_status",
     "pair_of",
     "parameter_of",
+    "parameters_of",
     "prepare_environment",
     "row_of",
     "total_of",
@@ -74,6 +75,11 @@ def parameter_of(value: Tensor, like: Any) -> Any:
     """Return a hyperparameter (*batch, 1) as a differentiable constant of a formula with ``like`` in it."""
     first = next(iter(like.variables))
     return _lazy_tensor()(value.to(dtype=first.dtype, device=first.device).reshape(*value.shape[:-1], 1, 1, 1))
+
+
+def parameters_of(values: Tensor) -> Any:
+    """Return numbers (p,) as one differentiable vector that depends on neither rows nor columns."""
+    return _lazy_tensor()(values.contiguous().reshape(1, 1, -1))
 
 
 def constant_of(value: Any, x: Tensor) -> Any:

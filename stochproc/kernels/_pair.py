@@ -4,7 +4,7 @@ Instead of the three covariances a pair carries its two norms, their difference 
 product lacks to the product of the norms. Angles and distances are sums of non-negative terms of these.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,9 @@ from torch import Tensor
 from stochproc._checks import check_positive, check_same_kind
 from stochproc.kernels._distance import inverse_or_zero, safe_sqrt
 from stochproc.kernels._pair_points import clamp_defect, state_of_points
+
+if TYPE_CHECKING:
+    from stochproc.kernels._dual_base import Dual
 
 __all__ = ["Pair"]
 
@@ -263,6 +266,14 @@ class Pair(NamedTuple):
         # a1 b2 - a2 b1 written in the differences of norms.
         cross = (a.D * (b.r1 + b.r2) - b.D * (a.r1 + a.r2)) / 2
         return Pair(r1, r2, D, a.A + b.A + cross * cross * inverse_or_zero(r1 * r2 + a.n + b.n))
+
+    def through(self, dual: "Dual") -> "Pair":
+        """Pairs behind a nonlinearity, ``dual(self)``; in this form layers also run on the pairs of KeOps formulas."""
+        return dual(self)
+
+    def slope(self, dual: "Dual") -> Tensor:
+        """Factor of the tangent kernel at a nonlinearity, ``dual.derivative(self)``."""
+        return dual.derivative(self)
 
     def __add__(self, other: Any) -> "Pair":  # type: ignore[override]
         return self.plus(other) if isinstance(other, Pair) else NotImplemented

@@ -33,8 +33,8 @@ def clamp_defect(A: Tensor, n: Tensor) -> Tensor:
 
 def state_of_points(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return r1, r2, D, A of all pairs."""
-    high, low = _sqnorms(x)
-    other_high, other_low = (t.mT for t in _sqnorms(y))
+    high, low = square_norms(x)
+    other_high, other_low = (t.mT for t in square_norms(y))
     r1, r2 = high.sqrt(), other_high.sqrt()
     batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     D, A = x.new_empty(2, *batch, x.shape[-2], y.shape[-2]).unbind(0)
@@ -70,7 +70,7 @@ def _refine_collinear(A: Tensor, where: Tensor, n: Tensor, u: Tensor, v: Tensor)
         A[index] = diff.square().sum(-1) * n[index] / 2
 
 
-def _sqnorms(x: Tensor) -> tuple[Tensor, Tensor]:
+def square_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norms of rows, each as an unevaluated sum of two numbers (twice the digits), keeping the axis."""
     if x.dtype == torch.float32:
         exact = x.double().square().sum(-1, keepdim=True)
