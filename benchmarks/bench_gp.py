@@ -82,7 +82,14 @@ def real_names() -> list[str]:
 
 def fit_ours(data: Data, prior: str, device: str, mean: str = "zero") -> ScaleMixtureGPRegressor:
     model = ScaleMixtureGPRegressor(
-        scale_prior=prior, noise=NOISE, mean=mean, normalize_X=False, normalize_y=False, device=device
+        scale_prior=prior,
+        noise=NOISE,
+        mean=mean,
+        normalize_X=False,
+        normalize_y=False,
+        # One start, as the peers have.
+        n_restarts=1,
+        device=device,
     )
     return model.fit(data.X, data.y)
 

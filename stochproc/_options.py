@@ -15,13 +15,17 @@ __all__ = ["DTYPES", "as_device", "check_options", "plain_bool"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
-def check_options(estimator: Any) -> None:
-    """Check what every Gaussian process estimator takes; TypeError or ValueError naming the parameter."""
+def check_options(estimator: Any, *, automatic_starts: bool = False) -> None:
+    """Check what every Gaussian process estimator takes; TypeError or ValueError naming the parameter.
+
+    ``automatic_starts`` lets ``n_restarts`` be "auto".
+    """
     check_choice("mean", estimator.mean, ("constant", "zero"))
     check_choice("normalize_y", plain_bool(estimator.normalize_y), (True, False))
     if not isinstance(estimator.optimizer, LBFGS):
         check_choice("optimizer", estimator.optimizer, ("lbfgs", None))
-    check_integer("n_restarts", estimator.n_restarts, 1)
+    if not (automatic_starts and isinstance(estimator.n_restarts, str) and estimator.n_restarts == "auto"):
+        check_integer("n_restarts", estimator.n_restarts, 1)
     check_integer("verbose", int(estimator.verbose) if isinstance(estimator.verbose, bool) else estimator.verbose, 0)
 
 

@@ -22,15 +22,21 @@ __all__ = ["decode", "encode", "read", "write"]
 # Which public function rebuilds an object from its config, by the tag in the file. Only these are ever called.
 _BUILDERS = {
     "kernel": "stochproc.kernels:kernel_from_config",
+    "network": "stochproc.gp.arch:from_config",
     "scale_prior": "stochproc.gp:scale_prior_from_config",
     "lbfgs": "stochproc.solvers:LBFGS",
+    "cg": "stochproc.solvers:CG",
 }
 # Class of an object that can be written as names and numbers, by tag.
 _CLASSES = {
     "kernel": "stochproc.kernels:Kernel",
+    "network": "stochproc.gp.arch:Layer",
     "scale_prior": "stochproc.gp:ScalePrior",
     "lbfgs": "stochproc.solvers:LBFGS",
+    "cg": "stochproc.solvers:CG",
 }
+# Kernel classes outside the kernel layer: importing the module lets that layer know them.
+_KERNEL_MODULES = {"NetworkKernel": "stochproc.gp.arch"}
 _KEY = "stochproc"
 
 
@@ -51,10 +57,13 @@ def encode(name: str, value: Any) -> Any:
         return str(value)
     if isinstance(value, (list, tuple)):
         return [encode(name, v) for v in value]
+    if isinstance(value, dict):
+        # As pairs, since keys of JSON are strings and those of class weights are labels.
+        return {"__tag__": "dict", "items": [encode(name, pair) for pair in value.items()]}
     for tag, path in _CLASSES.items():
         if isinstance(value, _find(path)):
             try:
-                config = value.config() if hasattr(value, "config") else dataclasses.asdict(value)
+                config = value.config() if hasattr(value, "config") else _plain_fields(value)
             except TypeError as error:
                 raise TypeError(f"{name} cannot be saved: {error}") from None
             record = {"__tag__": tag, "config": config}
@@ -65,16 +74,40 @@ def encode(name: str, value: Any) -> Any:
     )
 
 
+def _plain_fields(options: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass of options, or raise TypeError unless they are names and numbers."""
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    for name, value in fields.items():
+        if not (value is None or isinstance(value, (bool, str, numbers.Real))):
+            raise TypeError(f"{type(options).__name__}.{name} is a {type(value).__name__}, not a name or a number.")
+    return fields
+
+
 def _frozen(name: str, module: torch.nn.Module) -> list[str]:
-    """Names of the parameters that fits keep; TypeError if two parts share one, which a config cannot say."""
+    """Names of the parameters that fits keep; TypeError if two parts share one and their config cannot say so."""
+    # Configs of networks refer to a layer that is used again; named_modules gives the outermost of them first.
+    says_so = [path for path, part in module.named_modules() if getattr(part, "config_says_sharing", False)]
+
+    def network_of(path: str) -> str | None:
+        return next((p for p in says_so if not p or path.startswith(f"{p}.")), None)
+
     names: dict[int, str] = {}
     for path, parameter in module.named_parameters(remove_duplicate=False):
-        if id(parameter) in names:
-            raise TypeError(
-                f"{name} cannot be saved: {names[id(parameter)]} and {path} are one parameter; give each part its own."
-            )
-        names[id(parameter)] = path
+        first = names.setdefault(id(parameter), path)
+        if first != path and (network_of(path) is None or network_of(path) != network_of(first)):
+            raise TypeError(f"{name} cannot be saved: {first} and {path} are one parameter; give each part its own.")
     return [path for path, parameter in module.named_parameters() if not parameter.requires_grad]
+
+
+def _import_kernels(config: Any) -> None:
+    """Import the modules of kernel classes that a config names and that are defined outside the kernel layer."""
+    if isinstance(config, dict):
+        module = _KERNEL_MODULES.get(str(config.get("class")))
+        if module is not None:
+            importlib.import_module(module)
+    parts = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
+    for part in parts:
+        _import_kernels(part)
 
 
 def decode(value: Any) -> Any:
@@ -83,12 +116,15 @@ def decode(value: Any) -> Any:
         return [decode(v) for v in value]
     if not isinstance(value, dict):
         return value
+    if value.get("__tag__") == "dict":
+        return dict(decode(value["items"]))
     if value.get("__tag__") not in _BUILDERS:
         raise ValueError(f"unknown kind of object {value.get('__tag__')!r} in the file; valid: {', '.join(_BUILDERS)}.")
     build = _find(_BUILDERS[value["__tag__"]])
     config = value["config"]
-    if value["__tag__"] == "lbfgs":
+    if value["__tag__"] in ("lbfgs", "cg"):
         return build(**config)
+    _import_kernels(config)
     module = build(config)
     if "frozen" in value:
         for path, parameter in module.named_parameters():
@@ -116,7 +152,9 @@ def write(path: Any, cls: type, parameters: Mapping[str, Any], state: Mapping[st
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         mode = stat.S_IMODE(os.stat(target if target.exists() else temporary).st_mode)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {_KEY: json.dumps(header)})
+        # Copies: layers that share a parameter give it twice, and safetensors refuses tensors that share memory.
+        apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        save_file(apart, temporary, {_KEY: json.dumps(header)})
         os.chmod(temporary, mode)
         os.replace(temporary, target)
     finally:
@@ -141,7 +179,8 @@ def read(path: Any, cls: type) -> tuple[dict[str, Any], dict[str, Any], dict[str
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+            # Copies: sums of tensors that lie anywhere in memory round in another way than those of torch's own.
+            tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is not a file that save() wrote: {error}") from None
     if _KEY not in metadata:

@@ -26,7 +26,9 @@ class Standardiser(NamedTuple):
     scale: Float[Tensor, " d"]
 
     @classmethod
-    def fit(cls, data: Float[Tensor, "n d"], how: bool | str, name: str) -> Standardiser:
+    def fit(
+        cls, data: Float[Tensor, "n d"], how: bool | str, name: str, weight: Float[Tensor, " n"] | None = None
+    ) -> Standardiser:
         """Learn the map: by column (True), one scale for all columns ("global"), or none (False).
 
         Constant columns keep unit scale. What counts as constant is a spread below rounding of the values.
@@ -38,6 +40,8 @@ class Standardiser(NamedTuple):
         how : bool or "global"
         name : str
             What errors call the data.
+        weight : Tensor of shape (n,) or None, default=None
+            How often each row counts, positive; float64.
 
         Raises
         ------
@@ -47,12 +51,11 @@ class Standardiser(NamedTuple):
         d = data.shape[1]
         if how is False:
             return cls(data.new_zeros(d), data.new_ones(d))
-        largest, centre, centred = _centred(data, together=how == "global")
-        spread = centred.square().mean(0).sqrt()
+        largest, centre, centred = _centred(data, together=how == "global", weight=weight)
         # Values are at most 1 in size here, so that no square overflows or vanishes.
+        variance = _mean(centred.square(), weight)
         rounding = _rounding(data)
-        if how == "global":
-            spread = centred.square().mean().sqrt().expand(d)
+        spread = variance.mean().sqrt().expand(d) if how == "global" else variance.sqrt()
         found = cls(centre * largest, torch.where(spread > rounding, spread * largest, 1.0))
         if not bool((found.shift.isfinite() & found.scale.isfinite() & (found.scale > 0)).all()):
             raise ValueError(f"{name} must have columns of finite mean and positive scale in float64; rescale it.")
@@ -90,12 +93,16 @@ def _rounding(data: Tensor) -> float:
     return 10 * torch.finfo(data.dtype).eps
 
 
-def _centred(data: Tensor, *, together: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _mean(data: Tensor, weight: Tensor | None) -> Tensor:
+    return data.mean(0) if weight is None else weight / weight.sum() @ data
+
+
+def _centred(data: Tensor, *, together: bool, weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Largest size of each column (or of all), and mean of and deviations from it of the columns over that."""
     largest = data.abs().amax(0)
     if together:
         largest = largest.amax().expand_as(largest)
     largest = torch.where(largest > 0, largest, 1.0)
     unit = data / largest
-    centre = unit.mean(0)
+    centre = _mean(unit, weight)
     return largest, centre, unit - centre

@@ -5,6 +5,7 @@ already handles them handles ours.
 """
 
 __all__ = [
+    "ArchitectureError",
     "BackendError",
     "BackendWarning",
     "DataWarning",
@@ -41,3 +42,7 @@ class NotPositiveDefiniteError(SolverError):
 
 class BackendError(RuntimeError):
     """A backend was demanded with ``strict=True`` and cannot be used."""
+
+
+class ArchitectureError(ValueError):
+    """The layers of a network do not fit together, or lack what was asked of them; the message names the layer."""

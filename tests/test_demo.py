@@ -287,6 +287,22 @@ def test_the_part_on_gaussian_processes_does_without_statsmodels(package, tmp_pa
 
 
 @pytest.mark.slow
+def test_the_part_on_networks_is_complete(tmp_path):
+    pytest.importorskip("statsmodels")
+    assert command_line.main(["demo", "--parts", "networks", "--quick", "--output", str(tmp_path)]) == 0
+    (part,) = results(tmp_path)["parts"]
+    assert part["status"] == "ok"
+    assert len(part["rows"]) == 14
+    for row in part["rows"]:
+        assert all(value is not None and math.isfinite(value) for value in row["metrics"].values())
+        if row["data"].startswith("digits"):
+            assert 0 <= row["metrics"]["accuracy"] <= 1
+            assert 0 <= row["metrics"]["calibration error"] <= 1
+    _, links = check_page(tmp_path)
+    assert links == ["networks_digits.png"]
+
+
+@pytest.mark.slow
 def test_the_part_on_transport_is_complete(tmp_path):
     assert command_line.main(["demo", "--parts", "ot", "--quick", "--output", str(tmp_path)]) == 0
     (part,) = results(tmp_path)["parts"]

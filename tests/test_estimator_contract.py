@@ -16,7 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import validate_data
 
 from stochproc._base import as_array
-from stochproc.gp import ScaleMixtureGPRegressor
+from stochproc.gp import ScaleMixtureGPClassifier, ScaleMixtureGPRegressor, TrainedEnsemble
 from stochproc.ot import SinkhornTransport
 from stochproc.solvers import LBFGS
 from stochproc.tensor import StateSpaceGP
@@ -40,15 +40,20 @@ class FirstColumn(StateSpaceGP):
 ESTIMATORS = [
     ScaleMixtureGPRegressor(),
     ScaleMixtureGPRegressor(scale_prior="half_cauchy", optimizer=None),
+    ScaleMixtureGPRegressor(noise_model="independent", n_restarts=1),
+    ScaleMixtureGPRegressor(solver="cg", optimizer=None),
+    TrainedEnsemble(),
+    TrainedEnsemble(time=10.0, rate="fixed", train="readout"),
     FirstColumn("matern12", optimizer=None),
     FirstColumn(optimizer=LBFGS(max_iter=5)),
     SinkhornTransport(reg_e=1.0),
     SinkhornTransport(out_of_sample_map="ferradans", reg_m=1.0),
+    ScaleMixtureGPClassifier(n_inducing=20, max_epochs=2, n_samples=20, n_samples_predict=128, random_state=0),
 ]
 EXPECTED_FAILURES = {
     "SinkhornTransport": {"check_fit_score_takes_y": "the arguments of fit are called Xs, ys, Xt, yt, as in POT"},
 }
-REGRESSORS = [*ESTIMATORS[:2], StateSpaceGP("matern12", optimizer=None), StateSpaceGP(optimizer=LBFGS(max_iter=5))]
+REGRESSORS = [*ESTIMATORS[:6], StateSpaceGP("matern12", optimizer=None), StateSpaceGP(optimizer=LBFGS(max_iter=5))]
 
 
 @parametrize_with_checks(ESTIMATORS, expected_failed_checks=lambda e: EXPECTED_FAILURES.get(type(e).__name__, {}))
@@ -75,8 +80,8 @@ def fitted(request):
         yield clone(request.param).fit(X, y), X, y
 
 
-def test_at_most_two_checks_are_expected_to_fail():
-    assert sum(map(len, EXPECTED_FAILURES.values())) <= 2
+def test_at_most_one_check_is_expected_to_fail():
+    assert sum(map(len, EXPECTED_FAILURES.values())) <= 1
 
 
 def test_signatures_of_the_contract(fitted):

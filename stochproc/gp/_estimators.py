@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,22 @@ from stochproc._options import DTYPES, as_device, plain_bool
 from stochproc._persistence import as_tensor
 from stochproc._random import make_generator
 from stochproc._search import Learned, default_search, warn_unless_converged
-from stochproc._standardise import Standardiser, varies
-from stochproc.exceptions import DataWarning, NumericalWarning
-from stochproc.gp._exact import ScaleMixtureGP
-from stochproc.gp._exact_posterior import ExactPosterior
-from stochproc.gp._hyperparameters import NOISE_FLOOR, learn, start_period
+from stochproc._standardise import Standardiser
+from stochproc.gp._arch_names import network_ranges
+from stochproc.gp._hyperparameters import start_period
+from stochproc.gp._large_saved import restored, saved
+from stochproc.gp._model_choice import Model, conditioned, learner_of, model_of, start_model
 from stochproc.gp._predictions import ScaleMixturePredictions
 from stochproc.gp._regressor_parameters import check_parameters, make_kernel
+from stochproc.gp._regressor_warnings import check_size, warn_if_coarse, warn_if_constant
+from stochproc.gp._scale_importance import with_drawn_scale
 from stochproc.gp._scale_posterior import ScalePosterior
 from stochproc.gp._scale_priors import as_scale_prior
 
 __all__ = ["ScaleMixtureGPRegressor"]
+
+# What decides which posterior a fit has; a file must keep it as it was then, whatever is set later.
+_OF_THE_FIT = ("noise_model", "solver", "inference", "importance_samples", "random_state")
 
 
 class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstimator):
@@ -39,21 +44,29 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
 
     Parameters
     ----------
-    kernel : Kernel, str, gpytorch.kernels.Kernel or callable, default="rbf"
-        Covariance function, copied at ``fit``. A name of ``stochproc.kernels.KERNEL_NAMES`` has one lengthscale
+    kernel : Kernel, str, arch.Layer, gpytorch.kernels.Kernel or callable, default="rbf"
+        Covariance function, copied at ``fit``. A network of :mod:`stochproc.gp.arch`, or its name such as
+        "mlp-relu-4", "mlp-erf-2" or "resmlp-4", stands for the covariance of its outputs when it is infinitely wide;
+        a name has one lengthscale a column, and the weights of the last layer are kept as given, since s is the same
+        degree of freedom. A name of ``stochproc.kernels.KERNEL_NAMES`` has one lengthscale
         a column; it is 1 with ``optimizer=None``, and a search starts from the square root of the number of
         columns. The period of "periodic" starts at the best of 40, from twice the range of the columns down to a
         twentieth of it, and is searched between its two neighbours. The outputscale of a ``Scale`` kernel on top
         is kept as given, since s is the same degree of freedom.
     scale_prior : ScalePrior or str, default="inverse_gamma"
-        Law of s: "delta", "inverse_gamma", "burr_xii", "half_cauchy", or an object such as
-        ``InverseGamma(a=3.0)``; copied at ``fit``. Fits learn its scale parameter (the outputscale of
-        ``Delta``) and keep its shape parameters.
+        Law of s: "delta", "inverse_gamma", "burr_xii", "gamma", "gig", "half_cauchy", "half_normal",
+        "half_student_t", "log_normal", or an object such as ``InverseGamma(a=3.0)`` or a ``Mixture``; copied at
+        ``fit``. Fits learn its scale parameter (the outputscale of ``Delta``) and keep its shape parameters.
     noise : float, default=0.1
-        Variance of the noise as a share of s, non-negative; where a search starts. 0 means none, and none is
-        learned.
-    noise_model : {"scaled"}, default="scaled"
-        The noise is inside the scale, as above.
+        Variance of the noise, non-negative; where a search starts. 0 means none, and none is learned. As a share of
+        s, or, where ``noise_model`` is "independent", of the variance of the outputs if they are standardised; there a
+        search starts it within 1e-3 and 100 times the scale of the function.
+    noise_model : {"scaled", "independent"}, default="scaled"
+        Whether the noise is inside the scale, as above, or outside:
+        :math:`y \mid s \sim N(m, s K + \mathrm{noise}\, I)`, so that a large function need not be a noisy one.
+    inference : {"auto", "exact", "importance"}, default="auto"
+        How the law of s given the data is found once everything else is learned: "exact", in closed form or by
+        quadrature to 1e-12, or by "importance" sampling, with its diagnostics in ``scale_posterior_``. "auto" is exact.
     mean : {"constant", "zero"}, default="constant"
         Prior mean of the standardised targets: one learned constant an output, or zero.
     normalize_X : bool or "global", default=True
@@ -63,39 +76,53 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         Standardise each output. Hyperparameters refer to standardised outputs, predictions to y.
     optimizer : {"lbfgs"}, LBFGS or None, default="lbfgs"
         How hyperparameters are learned, by maximal marginal likelihood; None keeps every one as given.
-    n_restarts : int, default=1
-        Number of starts of the search in all; ignored if ``optimizer`` is an ``LBFGS`` object.
-    solver : {"auto", "cholesky"}, default="auto"
-        How linear systems are solved; both are an exact Cholesky factor.
+    n_restarts : int or "auto", default="auto"
+        Number of starts of the search in all; the best is kept. "auto" takes up to ten (three for a network) on few
+        rows, where likelihoods have several optima, and one from 800 rows on. Ignored if ``optimizer`` is an ``LBFGS``
+        object, which has its own.
+    importance_samples : int, default=10000
+        Number of draws of the scale with ``inference="importance"``, 25 or more.
+    solver : {"auto", "cholesky", "cg"} or CG, default="auto"
+        "cholesky" factors the kernel matrix. "cg" never forms it: conjugate gradients to a relative residual of 1e-6,
+        or as a ``CG`` object says, see ``LargeScaleMixtureGP``. "auto" is "cg" from 5001 rows on; independent noise is
+        always factored.
+    hyper_subset : int or None, default=2000
+        With "cg": learn kernel, noise and shape of the prior by Cholesky factors of so many random rows, then set mean
+        and scale, and condition, with all rows. None learns from all of them by stochastic gradients, whose optimum
+        is blurred by some tenths of a nat and which takes some hundred times as long.
     dtype : {"float64", "float32"}, default="float64"
         Precision of the computation. Standardising is done in float64 before it, and results are put in the
         units of y in float64 after it, so that offsets and units of the data cost no digits.
     device : str, torch.device or None, default=None
         Where to compute; None is the CPU.
     random_state : int, RandomState, Generator or None, default=None
-        Seed of the starts after the first.
+        Seed of the starts after the first and of importance sampling; None takes the same ones in every fit.
     verbose : int, default=0
         1 shows a progress bar of the search.
 
     Attributes
     ----------
     kernel_ : Kernel
-        The kernel with learned hyperparameters.
+        The kernel with learned hyperparameters, all frozen; ``copy.deepcopy(kernel_).requires_grad_()`` can be the
+        start of another search.
     noise_ : float
-        Learned noise as a share of s.
+        Learned noise, as a share of s or, for independent noise, as a variance of standardised outputs.
     noise_variance_ : float or ndarray of shape (n_outputs,)
         Noise variance in squared units of y: ``noise_`` over E[1/s | y], which is the squared scale of the
-        predictive Student-t law for an inverse gamma prior, and noise times outputscale for ``Delta``.
+        predictive Student-t law for an inverse gamma prior, and noise times outputscale for ``Delta``. For
+        independent noise it is ``noise_`` itself.
     scale_prior_ : ScalePrior
         The prior with its learned scale parameter.
     scale_posterior_ : ScalePosterior
-        Law of s given the data, in standardised units.
-    posterior_ : ExactPosterior
+        Law of s given the data, in standardised units; an ``ImportanceScale`` with ``inference="importance"``.
+    posterior_ : ExactPosterior, IndependentPosterior or LargePosterior
         The posterior process on standardised data, for use in torch code.
     log_marginal_likelihood_ : float
-        log p(y) at the learned hyperparameters, in nats and the units of y.
+        log p(y) at the learned hyperparameters, in nats and the units of y; an estimate with ``solver="cg"``.
+    log_marginal_likelihood_stderr_ : float
+        Its standard error; 0 where it is exact.
     converged_ : bool
-        Whether the search met its tolerance; True with ``optimizer=None``.
+        Whether the search, with ``optimizer=None`` true, and a solve by conjugate gradients met their tolerances.
     n_iter_ : int
         Iterations of the search.
     optimizer_result_ : Result or None
@@ -106,7 +133,7 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
 
     See Also
     --------
-    ScaleMixtureGP : The same model for torch code.
+    ScaleMixtureGP, IndependentNoiseGP, LargeScaleMixtureGP : The same models for torch code.
 
     Notes
     -----
@@ -139,12 +166,15 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         scale_prior: Any = "inverse_gamma",
         noise: float = 0.1,
         noise_model: str = "scaled",
+        inference: str = "auto",
         mean: str = "constant",
         normalize_X: Any = True,
         normalize_y: Any = True,
         optimizer: Any = "lbfgs",
-        n_restarts: int = 1,
-        solver: str = "auto",
+        n_restarts: Any = "auto",
+        importance_samples: int = 10_000,
+        solver: Any = "auto",
+        hyper_subset: int | None = 2000,
         dtype: str = "float64",
         device: Any = None,
         random_state: Any = None,
@@ -154,12 +184,15 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         self.scale_prior = scale_prior
         self.noise = noise
         self.noise_model = noise_model
+        self.inference = inference
         self.mean = mean
         self.normalize_X = normalize_X
         self.normalize_y = normalize_y
         self.optimizer = optimizer
         self.n_restarts = n_restarts
+        self.importance_samples = importance_samples
         self.solver = solver
+        self.hyper_subset = hyper_subset
         self.dtype = dtype
         self.device = device
         self.random_state = random_state
@@ -179,7 +212,8 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
             At least 2 rows if anything is standardised.
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
         callback : callable, default=None
-            Called with a ``SolverState`` after each iteration of the search; returning True stops it.
+            Called with a ``SolverState`` after each iteration of the search; returning True stops the search, not the
+            conditioning that follows.
 
         Returns
         -------
@@ -197,7 +231,8 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         Warns
         -----
         sklearn.exceptions.ConvergenceWarning
-            If the search stopped early; the best hyperparameters it found are used.
+            If the search stopped early; the best hyperparameters it found are used. Or if a solve by conjugate
+            gradients ended above its tolerance, with the residual reached.
         NumericalWarning
             If the final factor needed jitter, with the amount, or if the noise is below 1e-5 of the kernel's diagonal
             in float32.
@@ -212,11 +247,12 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         """
         # Parameters made in inference mode could not be learned.
         with old_fit_unless_new(self, "posterior_"), torch.inference_mode(False):
-            self._fit(X, y, callback)
-        warn_unless_converged(self)
+            learned = self._fit(X, y, callback)
+        if not learned.converged:
+            warn_unless_converged(self)
         return self
 
-    def _fit(self, X: Any, y: Any, callback: Callable[[Any], Any] | None) -> None:
+    def _fit(self, X: Any, y: Any, callback: Callable[[Any], Any] | None) -> Learned:
         """Do the work of ``fit``; nothing but what validation sets changes before the last step."""
         check_parameters(self)
         dtype, device = DTYPES[self.dtype], as_device(self.device)
@@ -227,10 +263,15 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         single = targets.ndim == 1
         targets = targets.reshape(len(targets), -1)
         maps = Standardiser.fit(inputs, how_X, "X"), Standardiser.fit(targets, how_y, "y")
-        _warn_if_constant(targets, single)
+        flat = warn_if_constant(targets, single)
         inputs, targets = maps[0].apply(inputs, dtype, "X"), maps[1].apply(targets, dtype, "y")
+        if how_y:
+            # What rounding left of an output that does not vary is no data.
+            targets[:, flat] = 0
+        else:
+            check_size(targets)
 
-        model = ScaleMixtureGP(
+        model = model_of(self, len(inputs))(
             make_kernel(self.kernel, inputs.shape[1], self.optimizer is not None),
             copy.deepcopy(as_scale_prior(self.scale_prior)),
             noise=self.noise,
@@ -242,50 +283,50 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         try:
             if self.optimizer is not None:
                 named_periodic = isinstance(self.kernel, str) and self.kernel == "periodic"
-                ranges = start_period(model, inputs, targets) if named_periodic else None
-                search = default_search(self.n_restarts) if self.optimizer == "lbfgs" else self.optimizer
-                generator = make_generator(self.random_state)
-                learned = learn(model, inputs, targets, search, generator, callback, self.verbose, ranges)
+                ranges = network_ranges(model.kernel)
+                if named_periodic:
+                    ranges |= start_period(start_model(model, targets), inputs, targets)
+                search = default_search(1) if self.optimizer == "lbfgs" else self.optimizer
+                generator = make_generator(0 if self.random_state is None else self.random_state)
+                find = learner_of(self, model, len(inputs))
+                learned = find(model, inputs, targets, search, generator, callback, self.verbose, ranges)
         except KeyboardInterrupt:
             # The search has put its best point back; leave a usable estimator behind.
             self._condition(model, inputs, shaped, maps, given, Learned(None, False, 0))
             raise
         self._condition(model, inputs, shaped, maps, given, learned)
-        self._warn_if_coarse()
+        warn_if_coarse(self)
+        return learned
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "posterior_")
 
-    def _warn_if_coarse(self) -> None:
-        X = self.posterior_.X
-        with torch.no_grad():
-            level = NOISE_FLOOR[X.dtype] * self.kernel_.diag(X).mean().item()
-        if X.dtype == torch.float32 and self.noise_ < 0.99 * level:
-            warnings.warn(
-                f"noise is {self.noise_:.3g} and the mean of the kernel's diagonal {level / NOISE_FLOOR[X.dtype]:.3g}: "
-                'in float32 a factor of their sum keeps few digits. Use dtype="float64" or more noise.',
-                NumericalWarning,
-                stacklevel=4,
-            )
-
     def _condition(
         self,
-        model: ScaleMixtureGP,
+        model: Model,
         inputs: Tensor,
         targets: Tensor,
         maps: tuple[Standardiser, Standardiser],
         given: Given,
         learned: Learned,
+        posterior: Any = None,
+        options: Any = None,
     ) -> None:
         """Set what a fitted estimator has, from a model with its final hyperparameters: all of it or nothing."""
-        posterior: ExactPosterior = model.condition(inputs, targets)
+        options = self if options is None else options
+        if posterior is None:
+            posterior = conditioned(model, inputs, targets, self.verbose)
+        if options.inference == "importance":
+            posterior = with_drawn_scale(posterior, options.importance_samples, options.random_state)
         scale: ScalePosterior = posterior.scale
         noise, unit = model.noise.item(), maps[1].scale.cpu()
-        variance = (unit * (noise / scale.inverse_mean) ** 0.5) ** 2
+        relative_to = scale.inverse_mean if options.noise_model == "scaled" else 1.0
+        variance = (unit * (noise / relative_to) ** 0.5) ** 2
         with torch.no_grad():
             evidence = posterior.log_marginal_likelihood - len(targets) * unit.log().sum().item()
 
         self.posterior_ = posterior
+        self._options = [getattr(options, name) for name in _OF_THE_FIT]
         self._given = given
         self._x_map, self._y_map = maps
         self._single_output = targets.ndim == 1
@@ -297,8 +338,9 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         self.scale_posterior_ = scale
         self.noise_variance_ = variance.item() if self._single_output else variance.numpy()
         self.log_marginal_likelihood_ = evidence
+        self.log_marginal_likelihood_stderr_ = getattr(posterior, "log_marginal_likelihood_stderr", 0.0)
         self.optimizer_result_ = learned.result
-        self.converged_ = learned.converged
+        self.converged_ = learned.converged and getattr(posterior, "converged", True)
         self.n_iter_ = learned.n_iter
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -312,6 +354,9 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         }
         if self._mean_ is not None:
             tensors["mean"] = self._mean_
+        # Beside the numbers of the configs, whose logarithms would differ in the last bit.
+        for name, module in (("kernel", self.kernel_), ("scale_prior", self.scale_prior_)):
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         state = {
             "kernel": self.kernel_,
             "scale_prior": self.scale_prior_,
@@ -321,8 +366,10 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
             "converged": self.converged_,
             "n_iter": self.n_iter_,
             "given": self._given.name,
+            "options": self._options,
         }
-        return tensors, state
+        more_tensors, more_state = saved(self.posterior_)
+        return tensors | more_tensors, state | more_state
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         on = {k: v.to(as_device(self.device)) for k, v in tensors.items()}
@@ -333,24 +380,20 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         self.n_features_in_ = state["n_features_in"]
         if state["feature_names_in"]:
             self.feature_names_in_ = np.asarray(state["feature_names_in"], dtype=object)
-        model = ScaleMixtureGP(
+        options = SimpleNamespace(**dict(zip(_OF_THE_FIT, state["options"], strict=True)))
+        model = model_of(options, len(on["X"]))(
             state["kernel"],
             state["scale_prior"],
             noise=state["noise"],
             mean="zero" if "mean" not in on else "constant",
             n_outputs=1 if on["y"].ndim == 1 else on["y"].shape[1],
         ).to(on["X"].device)
+        logs = {k: v for k, v in on.items() if k.startswith(("kernel.", "scale_prior."))}
+        model.load_state_dict(model.state_dict() | logs)
         if model.constant_mean is not None:
             with torch.no_grad():
                 model.constant_mean.copy_(on["mean"])
         given = Given.named(state.get("given"), on["X"].device)
         learned = Learned(None, state["converged"], state["n_iter"])
-        self._condition(model, on["X"], on["y"], maps, given, learned)
-
-
-def _warn_if_constant(targets: Tensor, single: bool) -> None:
-    flat = ~varies(targets)
-    if len(targets) > 1 and bool(flat.any()):
-        which = "y" if single else f"{int(flat.sum())} column(s) of y"
-        # Through _fit and fit, to the caller.
-        warnings.warn(f"{which} does not vary; it is centred and keeps unit scale.", DataWarning, stacklevel=4)
+        posterior = restored(model, on["X"], on["y"], on, state)
+        self._condition(model, on["X"], on["y"], maps, given, learned, posterior, options)

@@ -1,27 +1,24 @@
 """Exact regression with a scale mixture of Gaussian processes, the noise inside the scale."""
 
 import copy
-import math
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stochproc._checks import check_choice, check_finite, check_integer, check_positive, check_same_kind
 from stochproc.exceptions import NotPositiveDefiniteError
 from stochproc.gp._exact_posterior import ExactPosterior
-from stochproc.gp._scale_base import ScalePrior, plain_number
+from stochproc.gp._process import ScaleMixtureProcess
 from stochproc.gp._scale_evidence import LOG_2PI, log_evidence
 from stochproc.gp._scale_fit import fit_scale
 from stochproc.gp._scale_posterior import scale_posterior
-from stochproc.gp._scale_priors import as_scale_prior
 from stochproc.solvers import cholesky_or_raise, safe_cholesky
 
 __all__ = ["ScaleMixtureGP"]
 
 
-class ScaleMixtureGP(torch.nn.Module):
+class ScaleMixtureGP(ScaleMixtureProcess):
     r"""A process :math:`y \mid s \sim N(m, s (K + \mathrm{noise}\, I))` with a random scale s = sigma².
 
     One s is shared by all inputs and outputs. With an inverse gamma prior this is a Student-t process, with
@@ -72,40 +69,6 @@ class ScaleMixtureGP(torch.nn.Module):
     9.0
     """
 
-    def __init__(
-        self,
-        kernel: torch.nn.Module,
-        scale_prior: "ScalePrior | str" = "inverse_gamma",
-        *,
-        noise: "float | int" = 0.1,
-        mean: str = "constant",
-        n_outputs: int = 1,
-    ) -> None:
-        super().__init__()
-        check_choice("mean", mean, ("constant", "zero"))
-        check_integer("n_outputs", n_outputs, 1)
-        self.kernel = kernel
-        self.scale_prior = as_scale_prior(scale_prior)
-        self.n_outputs = n_outputs
-        self.log_noise = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.noise = noise
-        constant = torch.zeros(n_outputs, dtype=torch.float64)
-        self.constant_mean = torch.nn.Parameter(constant) if mean == "constant" else None
-
-    @property
-    def noise(self) -> Tensor:
-        """Noise variance relative to s, 0-dim; setting it to zero also stops it from being learned."""
-        return self.log_noise.exp()
-
-    @noise.setter
-    def noise(self, value: Any) -> None:
-        number = plain_number("noise", value)
-        check_positive("noise", number, zero=True)
-        with torch.no_grad():
-            self.log_noise.fill_(math.log(number) if number > 0 else -math.inf)
-        if number == 0:
-            self.log_noise.requires_grad_(False)
-
     def log_marginal_likelihood(self, X: Float[Tensor, "n d"], y: Float[Tensor, "n *outputs"]) -> Float[Tensor, ""]:
         """Return log p(y), differentiable in all hyperparameters.
 
@@ -127,7 +90,7 @@ class ScaleMixtureGP(torch.nn.Module):
             A rescue by less is silent here, as this is called in searches; ``condition`` warns of it.
         """
         targets = self._check_data(X, y)
-        quad, logdet, _ = _GaussianTerms.apply(self.kernel(X, X), self.noise, self._residual(targets), False)
+        quad, logdet, _ = self._terms(X, self.noise, self._residual(targets), False)
         return log_evidence(self.scale_prior, targets.numel(), quad) - self.n_outputs / 2 * logdet
 
     def profile_loss(self, X: Float[Tensor, "n d"], y: Float[Tensor, "n *outputs"]) -> Float[Tensor, ""]:
@@ -163,7 +126,7 @@ class ScaleMixtureGP(torch.nn.Module):
         """
         targets = self._check_data(X, y)
         residual = self._residual(targets)
-        quad, logdet, _ = _GaussianTerms.apply(self.kernel(X, X), self.noise, residual, self._learns_mean())
+        quad, logdet, _ = self._terms(X, self.noise, residual, self._learns_mean())
         if quad.item() == 0:
             raise ValueError("y must not equal its mean exactly in every row: the best scale would be zero.")
         n_obs = targets.numel()
@@ -205,7 +168,7 @@ class ScaleMixtureGP(torch.nn.Module):
         targets = self._check_data(X, y)
         noise = self.noise if log_noise_variance is None else (log_noise_variance - log_scale).exp()
         residual = self._residual(targets)
-        quad, logdet, _ = _GaussianTerms.apply(self.kernel(X, X), noise, residual, self._learns_mean())
+        quad, logdet, _ = self._terms(X, noise, residual, self._learns_mean())
         fit = targets.numel() / 2 * (LOG_2PI + log_scale) + quad / 2 * (-log_scale).exp()
         return fit + self.n_outputs / 2 * logdet
 
@@ -218,7 +181,7 @@ class ScaleMixtureGP(torch.nn.Module):
         """
         targets = self._check_data(X, y)
         residual = self._residual(targets)
-        quad, _, shift = _GaussianTerms.apply(self.kernel(X, X), self.noise, residual, self._learns_mean())
+        quad, _, shift = self._terms(X, self.noise, residual, self._learns_mean())
         if self._learns_mean() and self.constant_mean is not None:
             self.constant_mean += shift.to(self.constant_mean)
         if self.scale_prior.has_scale:
@@ -273,23 +236,31 @@ class ScaleMixtureGP(torch.nn.Module):
             single_output=y.ndim == 1,
         )
 
-    def _learns_mean(self) -> bool:
-        return self.constant_mean is not None and self.constant_mean.requires_grad
+    @torch.no_grad()
+    def rounding(self, X: Float[Tensor, "n d"]) -> float:
+        """Relative rounding of the losses at the current hyperparameters, up to a factor.
 
-    def _check_data(self, X: Tensor, y: Tensor) -> Tensor:
-        """Return y with an axis for the outputs."""
-        check_same_kind(X=X, y=y)
-        if X.ndim != 2 or not len(X):
-            raise ValueError(f"X must have shape (n, d) with n >= 1; got {tuple(X.shape)}.")
-        expected = [(len(X), self.n_outputs), (len(X),)][: 1 + (self.n_outputs == 1)]
-        if tuple(y.shape) not in expected:
-            raise ValueError(f"y must have shape {' or '.join(map(str, expected))}; got {tuple(y.shape)}.")
-        check_finite("X", X)
-        check_finite("y", y)
-        return y.reshape(len(X), self.n_outputs)
+        Parameters
+        ----------
+        X : Tensor of shape (n, d)
+            Inputs.
 
-    def _residual(self, targets: Tensor) -> Tensor:
-        return targets if self.constant_mean is None else targets - self.constant_mean.to(targets)
+        Notes
+        -----
+        Rounding of the matrix by eps times its diagonal changes log det and S by that times the trace of the inverse.
+        """
+        eps = torch.finfo(X.dtype).eps
+        matrix = _add_noise(self.kernel(X, X), self.noise)
+        factor = safe_cholesky(matrix)
+        if not factor.ok:
+            return eps
+        inverse = torch.cholesky_inverse(factor.value).diagonal().mean()
+        amplified = eps * float(matrix.diagonal().mean() * inverse)
+        return min(amplified, 1.0) if amplified > eps else eps
+
+    def _terms(self, X: Tensor, noise: Tensor, residual: Tensor, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """S and log det of kernel matrix plus noise, differentiable, and the least squares mean of the residual."""
+        return _GaussianTerms.apply(self.kernel(X, X), noise, residual, shift)
 
 
 def _add_noise(matrix: Tensor, noise: Tensor) -> Tensor:

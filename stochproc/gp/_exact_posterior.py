@@ -1,6 +1,5 @@
 """The exact posterior process: predictions in blocks of rows from one Cholesky factor."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stochproc._checks import check_same_kind
-from stochproc.exceptions import NumericalWarning
-from stochproc.gp._predictive import Predictive
+from stochproc.gp._posterior import Posterior
 from stochproc.gp._scale_base import ScalePrior
 from stochproc.gp._scale_evidence import log_evidence
 from stochproc.gp._scale_posterior import ScalePosterior
-from stochproc.solvers import cholesky_or_raise
 
 __all__ = ["ExactPosterior"]
 
@@ -24,7 +20,7 @@ BLOCK_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True)
-class ExactPosterior:
+class ExactPosterior(Posterior):
     r"""The process given data; ``ScaleMixtureGP.condition`` makes it.
 
     Parameters
@@ -100,7 +96,7 @@ class ExactPosterior:
             If a variance is below -10 eps k(x, x): the factor is then too ill-conditioned for it, and 0 is
             returned.
         """
-        return self._guarded([self._variance_block(rows, self.kernel(rows, self.X)) for rows in self._blocks(X)])
+        return self._positive([self._variance_block(rows, self.kernel(rows, self.X)) for rows in self._blocks(X)])
 
     def predict(self, X: Float[Tensor, "m d"]) -> tuple[Float[Tensor, "m *outputs"], Float[Tensor, " m"]]:
         """Return ``mean`` and ``variance`` at new inputs, sharing the cross-covariance.
@@ -115,12 +111,7 @@ class ExactPosterior:
             cross = self.kernel(rows, self.X)
             means.append(cross @ self.alpha)
             variances.append(self._variance_block(rows, cross))
-        return self._shape(torch.cat(means)), self._guarded(variances)
-
-    def predictive(self, X: Float[Tensor, "m d"], *, noise: bool = True) -> Predictive:
-        """Return the law of each row of new observations (``noise=True``) or of the latent function."""
-        mean, variance = self.predict(X)
-        return Predictive(mean, variance + self.noise if noise else variance, self.scale)
+        return self._shape(torch.cat(means)), self._positive(variances)
 
     def covariance(self, X: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
         """Return the covariance of the latent function before the scale, (m, m).
@@ -135,51 +126,6 @@ class ExactPosterior:
         # One triangle decides, so that the result is symmetric to the last bit.
         return total.tril() + total.tril(-1).mT
 
-    def sample(
-        self,
-        X: Float[Tensor, "m d"],
-        n_samples: int = 1,
-        *,
-        noise: bool = False,
-        generator: "torch.Generator | None" = None,
-    ) -> Float[Tensor, "samples m *outputs"]:
-        """Draw functions jointly over new inputs; rows and outputs of one draw share one s.
-
-        Parameters
-        ----------
-        X : Tensor of shape (m, d)
-            New inputs.
-        n_samples : int, default=1
-            Number of draws.
-        noise : bool, default=False
-            Whether to draw observations instead of the latent function.
-        generator : torch.Generator or None, default=None
-            Source of randomness, on the device of ``X``.
-
-        Returns
-        -------
-        Tensor of shape (n_samples, m) or (n_samples, m, C)
-
-        Warns
-        -----
-        NumericalWarning
-            If the covariance needed more jitter than 1e-10 (float32: 1e-6) of the mean prior variance of new
-            and training points; that much is added silently where rounding asks for it.
-        """
-        total = self.covariance(X)
-        if noise:
-            total.diagonal().add_(self.noise)
-        # A posterior covariance of nearby or known points is singular to rounding of the prior variances that
-        # cancelled in it, so the first jitter, relative to those, is part of the drawing.
-        level = 1e-10 if total.dtype == torch.float64 else 1e-6
-        prior = torch.cat([self.kernel.diag(X), self.kernel.diag(self.X)]).mean()
-        first = (level * prior).clamp(min=torch.finfo(total.dtype).tiny)
-        if bool(total.diagonal().abs().mean() < first):
-            total.diagonal().add_(first)
-        jitter = float(first / total.diagonal().abs().mean())
-        root = cholesky_or_raise(total, "the posterior covariance", jitter=jitter, points=X)
-        return self.scale.sample_joint(self.mean(X), root, n_samples, generator=generator)
-
     @torch.no_grad()
     def loo(self) -> Float[Tensor, " n"]:
         """Return the leave-one-out log density of each training row, jointly over its outputs.
@@ -191,26 +137,11 @@ class ExactPosterior:
         With :math:`k_i = (K_n^{-1})_{ii}` removing row i leaves S less :math:`|\\alpha_i|^2/k_i` and log det
         plus log k_i, so that each density is a ratio of two evidences; 2n³/3 operations.
         """
-        n_outputs = self.alpha.shape[1]
-        precision = torch.cholesky_inverse(self.factor).diagonal().to(torch.float64)
-        removed = self.alpha.to(torch.float64).square().sum(1) / precision
-        n_obs, quad = self.scale.n_obs, self.scale.quad
-        rest = (quad - removed).clamp(min=0)
-        if n_obs == n_outputs:
-            rest = torch.zeros_like(rest)
-        joint = log_evidence(self.scale_prior, n_obs, quad)
-        without = log_evidence(self.scale_prior, n_obs - n_outputs, rest)
-        return (joint - without + n_outputs / 2 * precision.log()).to(self.alpha.dtype)
+        return self._loo(torch.cholesky_inverse(self.factor).diagonal().to(torch.float64))
 
     def _blocks(self, X: Tensor) -> Iterator[Tensor]:
-        check_same_kind(X=X, X_train=self.X)
-        if X.ndim != 2 or X.shape[1] != self.X.shape[1]:
-            raise ValueError(f"X must have shape (m, {self.X.shape[1]}); got {tuple(X.shape)}.")
+        self._check_rows(X)
         yield from X.split(max(16, BLOCK_ELEMENTS // len(self.X)))
-
-    def _shape(self, product: Tensor) -> Tensor:
-        mean = product + self.constant
-        return mean[:, 0] if self.single_output else mean
 
     def _whiten(self, cross: Tensor) -> Tensor:
         """Rows L⁻¹ k of a block (m, n)."""
@@ -220,16 +151,6 @@ class ExactPosterior:
         prior = self.kernel.diag(rows)
         return prior, prior - self._whiten(cross).square().sum(1)
 
-    def _guarded(self, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _positive(self, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
         prior, value = (torch.cat(part) for part in zip(*blocks, strict=True))
-        bad = (value < -10 * torch.finfo(value.dtype).eps * prior).detach()
-        if bool(bad.any()):
-            worst = (value.detach() / prior.detach())[bad].min()
-            warnings.warn(
-                f"{int(bad.sum())} of {len(value)} predictive variances came out negative, down to "
-                f"{float(worst):.2g} of the prior variance, and are set to 0: kernel matrix plus noise is too "
-                "ill-conditioned; more noise would help.",
-                NumericalWarning,
-                stacklevel=3,
-            )
-        return value.clamp(min=0)
+        return self._guarded(prior, value, "kernel matrix plus noise is too ill-conditioned")

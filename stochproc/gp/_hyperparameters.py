@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from stochproc._search import KERNEL_RANGE, Learned, bounds_around, is_log, sear
 from stochproc.exceptions import NotPositiveDefiniteError
 from stochproc.gp._approach import approach
 from stochproc.gp._exact import ScaleMixtureGP
-from stochproc.solvers import LBFGS, Result, Status, safe_cholesky
+from stochproc.gp._process import ScaleMixtureProcess
+from stochproc.gp._starts import best_of_starts
+from stochproc.solvers import LBFGS, Result, Status
 
-__all__ = ["NOISE_FLOOR", "learn", "start_period"]
+__all__ = ["NOISE_CEILING", "NOISE_FLOOR", "TAIL_RANGE", "free_mean", "learn", "start_period", "varies_from_mean"]
 
 # Below these shares of the signal the noise cannot be told from rounding of the kernel matrix.
 NOISE_FLOOR = {torch.float64: 1e-8, torch.float32: 1e-5}
-_NOISE_CEILING = 1e5
+NOISE_CEILING = 1e5
 # With one data set the tail of a process-wide scale is only weakly identified (spec/gp_scale_mixture 10).
-_TAIL_RANGE = (0.5, 1e3)
+TAIL_RANGE = (0.5, 1e3)
 # Frequencies that a periodic kernel without a given period is started from, and rows to compare them on.
 _HALF_CYCLES = 40
 _ROWS_OF_PERIODS = 500
@@ -36,6 +39,7 @@ def learn(
     callback: Callable[[Any], Any] | None,
     verbose: int,
     ranges: Mapping[str, tuple[float, float]] | None = None,
+    n_starts: int = 1,
 ) -> Learned:
     """Maximise the marginal likelihood over what the model may learn, in place.
 
@@ -43,62 +47,93 @@ def learn(
     noise and mean, so one search settles them: after some iterations that see the scale, with scale and mean
     profiled out. What else is free (further parameters of the prior, or a prior whose scale is fixed) is searched
     from there jointly: from a default start such a search can end in a noise-only optimum hundreds of nats lower.
-    ``ranges`` narrows the range of some parameters of the kernel, by name.
+    ``ranges`` narrows the range of some parameters of the kernel, by name; ``n_starts`` is how often kernel and noise
+    are searched, of which the best is kept.
     """
-    if not _varies(model, y):
+    if not varies_from_mean(model, y):
         # Residuals that are exactly zero have their best scale at zero: there is nothing to learn from.
         return Learned(None, True, 0)
     kernel = [(n, p) for n, p in model.kernel.named_parameters() if p.requires_grad]
-    parameters = [p for _, p in kernel]
+    parameters: list[Tensor] = [p for _, p in kernel]
     bounds: list[Any] = [
         bounds_around(p, (ranges or {}).get(n, KERNEL_RANGE)) if is_log(n) else None for n, p in kernel
     ]
     if model.log_noise.requires_grad:
         parameters.append(model.log_noise)
-        bounds.append(bounds_around(model.log_noise, (NOISE_FLOOR[X.dtype], _NOISE_CEILING)))
+        bounds.append(bounds_around(model.log_noise, (NOISE_FLOOR[X.dtype], NOISE_CEILING)))
 
-    result: Result[float] | None = None
-    iterations = 0
-    if parameters:
-        result = approach(model, X, y, search, [p for _, p in kernel], bounds, callback, verbose)
-        iterations = 0 if result is None else result.convergence.iterations
-    if parameters and (result is None or result.status is not Status.STOPPED):
-
-        def profiled(how: LBFGS) -> Result[float]:
-            return how(
+    def search_once() -> tuple[Result[float], int]:
+        """Run one search from the current values: towards the optimum with the scale, then without it."""
+        first = approach(model, X, y, search, [p for _, p in kernel], bounds, callback, verbose)
+        done = 0 if first is None else first.convergence.iterations
+        if first is not None and first.status is Status.STOPPED:
+            return first, done
+        settled, more = search_twice(
+            lambda how: how(
                 lambda: model.profile_loss(X, y),
                 parameters,
                 bounds,
                 generator=generator,
                 callback=callback,
                 verbose=verbose,
-                eps=lambda: _rounding(model, X),
-            )
+                eps=lambda: model.rounding(X),
+            ),
+            search,
+        )
+        return settled, done + more
 
-        result, more = search_twice(profiled, search)
-        iterations += more
+    result: Result[float] | None = None
+    iterations = 0
+    if parameters:
+        try:
+            result, iterations = best_of_starts(search_once, parameters, bounds, model.log_noise, n_starts, generator)
+        except KeyboardInterrupt:
+            # What is left of the search has the mean and the scale that belong to it.
+            model.fit_mean_and_scale(X, y)
+            raise
     _fit_mean_and_scale(model, X, y)
 
-    scale = f"log_{model.scale_prior.scale_name}" if model.scale_prior.has_scale else None
+    name = model.scale_prior.scale_name if model.scale_prior.has_scale else None
     prior = [(n, p) for n, p in model.scale_prior.named_parameters() if p.requires_grad]
-    extra = [(n, p) for n, p in prior if n != scale]
-    if (scale is None or extra) and (result is None or result.status != "stopped"):
+    extra = [p for n, p in prior if name is None or n not in (name, f"log_{name}")]
+    if (name is None or extra) and (result is None or result.status != "stopped"):
         parameters += [p for _, p in prior]
-        bounds += [bounds_around(p, _TAIL_RANGE) if n == "log_a" else None for n, p in prior]
-        if model.constant_mean is not None and model.constant_mean.requires_grad:
-            parameters.append(model.constant_mean)
-            bounds.append(None)
-        if parameters:
-            result = LBFGS(search.max_iter, search.tol, search.memory)(
-                lambda: -model.log_marginal_likelihood(X, y),
-                parameters,
-                bounds,
-                callback=callback,
-                verbose=verbose,
-                eps=lambda: _rounding(model, X),
-            )
-            iterations += result.convergence.iterations
+        bounds += [bounds_around(p, TAIL_RANGE) if n == "log_a" else None for n, p in prior]
+        with free_mean(model, y) as (shift, shifted):
+            parameters += shift
+            bounds += [None] * len(shift)
+            if parameters:
+                result = LBFGS(search.max_iter, search.tol, search.memory)(
+                    lambda: -model.log_marginal_likelihood(X, shifted()),
+                    parameters,
+                    bounds,
+                    callback=callback,
+                    verbose=verbose,
+                    eps=lambda: model.rounding(X),
+                )
+                iterations += result.convergence.iterations
     return Learned(result, result is None or result.ok, iterations)
+
+
+@contextmanager
+def free_mean(model: ScaleMixtureProcess, y: Tensor) -> Iterator[tuple[list[Tensor], Callable[[], Tensor]]]:
+    """Give what a joint search moves instead of the constant mean, and the targets less it; the mean has it at the end.
+
+    It is in units of the spread of y: the gradient in the mean itself, and with it the tolerance, depends on the units.
+    """
+    mean = model.constant_mean
+    if mean is None or not mean.requires_grad:
+        yield [], lambda: y
+        return
+    columns = y.detach().to(torch.float64).reshape(len(y), -1)
+    spread = (columns - columns.mean(0)).abs().mean(0)
+    unit = torch.where(spread > 0, spread, 1.0)
+    shift = torch.zeros_like(unit).requires_grad_()
+    try:
+        yield [shift], lambda: y - (unit * shift).to(y)
+    finally:
+        with torch.no_grad():
+            mean += (unit * shift).to(mean)
 
 
 @torch.no_grad()
@@ -111,7 +146,7 @@ def start_period(model: ScaleMixtureGP, X: Tensor, y: Tensor) -> dict[str, tuple
     """
     rows = torch.linspace(0, len(X) - 1, min(len(X), _ROWS_OF_PERIODS), device=X.device).round().long()
     X, y = X[rows], y[rows]
-    if not _varies(model, y):
+    if not varies_from_mean(model, y):
         return {}
     width = float((X.amax(0) - X.amin(0)).max())
     kernel: Any = model.kernel
@@ -142,25 +177,8 @@ def _fit_mean_and_scale(model: ScaleMixtureGP, X: Tensor, y: Tensor) -> None:
     raise short
 
 
-@torch.no_grad()
-def _rounding(model: ScaleMixtureGP, X: Tensor) -> float:
-    """Relative rounding of the losses at the current hyperparameters, up to a factor.
-
-    Rounding of the matrix by eps times its diagonal changes log det and the quadratic form by that times the trace
-    of the inverse.
-    """
-    eps = torch.finfo(X.dtype).eps
-    matrix = model.kernel(X, X).detach().clone()
-    matrix.diagonal().add_(model.noise.to(matrix))
-    factor = safe_cholesky(matrix)
-    if not factor.ok:
-        return eps
-    inverse = torch.cholesky_inverse(factor.value).diagonal().mean()
-    amplified = eps * float(matrix.diagonal().mean() * inverse)
-    return min(amplified, 1.0) if amplified > eps else eps
-
-
-def _varies(model: ScaleMixtureGP, y: Tensor) -> bool:
+def varies_from_mean(model: ScaleMixtureGP, y: Tensor) -> bool:
+    """Whether there is anything to learn: targets that differ from the prior mean by more than rounding."""
     centred = y - y.mean(0) if model.constant_mean is not None else y
-    rounding = 10 * torch.finfo(y.dtype).eps * y.abs().max().clamp(min=1.0)
+    rounding = 10 * torch.finfo(y.dtype).eps * y.abs().max()
     return bool(centred.abs().max() > rounding)

@@ -14,6 +14,9 @@ from stochproc._persistence import as_tensor
 from stochproc._random import make_generator
 from stochproc._standardise import Standardiser, within_range
 from stochproc.gp._exact_posterior import ExactPosterior
+from stochproc.gp._independent_posterior import IndependentPosterior
+from stochproc.gp._independent_predictive import MixturePredictive
+from stochproc.gp._large_posterior import LargePosterior
 from stochproc.gp._predictive import Predictive
 from stochproc.gp._scale_posterior import ScalePosterior
 
@@ -23,7 +26,7 @@ __all__ = ["ScaleMixturePredictions"]
 class ScaleMixturePredictions(ProbabilisticRegressorMixin):
     """The methods of a regressor that need its posterior on standardised data and the two maps, nothing else."""
 
-    posterior_: ExactPosterior
+    posterior_: ExactPosterior | IndependentPosterior | LargePosterior
     scale_posterior_: ScalePosterior
     _x_map: Standardiser
     _y_map: Standardiser
@@ -179,7 +182,7 @@ class ScaleMixturePredictions(ProbabilisticRegressorMixin):
         check_is_fitted(self)
         return Given.of(X), self._standardised(self._validated(X))
 
-    def _predictive(self, inputs: Tensor, latent: bool) -> Predictive:
+    def _predictive(self, inputs: Tensor, latent: bool) -> Predictive | MixturePredictive:
         return self.posterior_.predictive(inputs, noise=not latent)
 
     def _covariance(self, inputs: Tensor, latent: bool) -> Tensor:
@@ -188,13 +191,14 @@ class ScaleMixturePredictions(ProbabilisticRegressorMixin):
                 f"the predictive covariance does not exist: {self.scale_posterior_.missing_variance}; "
                 "predict_quantiles always works."
             )
-        total = self.posterior_.covariance(inputs)
+        # With the noise outside the scale, the scale is averaged over in the covariance, and outputs differ.
+        factor = 1.0 if isinstance(self.posterior_, IndependentPosterior) else self.scale_posterior_.mean
+        total = self.posterior_.covariance(inputs).double() * factor
+        total = total.reshape(len(inputs), len(inputs), -1)
         if not latent:
-            total.diagonal().add_(self.posterior_.noise)
+            total.diagonal().add_(self.posterior_.noise.double() * factor)
         unit = self._y_map.scale
-        result = within_range(
-            (total.double() * self.scale_posterior_.mean).unsqueeze(-1) * unit * unit, total.dtype, "cov"
-        )
+        result = within_range(total * unit * unit, inputs.dtype, "cov")
         return result[..., 0] if self._single_output else result
 
     def _log_jacobian(self) -> Tensor:

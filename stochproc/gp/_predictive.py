@@ -12,6 +12,9 @@ from stochproc.gp._scale_posterior import ScalePosterior
 
 __all__ = ["Predictive"]
 
+# Largest square sum that the integrals over the scale take.
+LARGEST_QUAD = 1e300
+
 
 @dataclass(frozen=True)
 class Predictive:
@@ -96,16 +99,29 @@ class Predictive:
         ----------
         y : Tensor of the shape of ``loc``
             Finite. Where the variance is zero the density is inf at ``loc`` and -inf elsewhere.
+
+        Raises
+        ------
+        ValueError
+            If a row is so far from ``loc`` that the square of its distance overflows.
         """
-        residual = self._residual(y)
-        v = self.variance_before_scale
+        # In float64, whose squares reach as far as the values of float32 do.
+        residual = self._residual(y).to(torch.float64)
+        v = self.variance_before_scale.to(torch.float64)
         dim = 1 if residual.ndim == 1 else residual.shape[1]
         known = v == 0
         safe = torch.where(known, torch.ones_like(v), v)
         square = residual.square() if residual.ndim == 1 else residual.square().sum(1)
-        value = self.scale.log_density(square / safe, dim) - dim / 2 * safe.log()
+        quad = square / safe
+        far = (quad > LARGEST_QUAD) & ~known
+        if bool(far.any()):
+            raise ValueError(
+                "y must lie within some 1e150 standard deviations of its prediction, so that squares fit; got "
+                f"{y[far].abs().max().item():.3g}."
+            )
+        value = self.scale.log_density(quad, dim) - dim / 2 * safe.log()
         at_point = torch.where(square == 0, torch.inf, -torch.inf).to(value)
-        return torch.where(known, at_point, value)
+        return torch.where(known, at_point, value).to(self.loc.dtype)
 
     def cdf(self, y: Float[Tensor, "n *outputs"]) -> Float[Tensor, "n *outputs"]:
         """Distribution function of each entry at ``y``; a step where the variance is zero."""

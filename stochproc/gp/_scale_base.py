@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stochproc._checks import check_positive
-from stochproc.gp._scale_quadrature import log_integral, sample_log_scale
+from stochproc.gp._scale_quadrature import find_range, log_integral, sample_log_scale
 
-__all__ = ["PositiveNumber", "ScalePrior", "plain_number"]
+__all__ = ["ClosedFormPrior", "PositiveNumber", "ScalePrior", "plain_number"]
 
 
 class PositiveNumber:
@@ -92,13 +92,13 @@ class ScalePrior(torch.nn.Module):
     scale_name: ClassVar["str | None"] = None
     scale_power: ClassVar["float | int"] = 1
 
-    # How the posterior is formed: "point" and "inverse_gamma" in closed form, None by quadrature.
+    # How the posterior is formed: "point", "inverse_gamma" and "gig" in closed form, "mixture" from its
+    # components, None by quadrature.
     _conjugate: ClassVar["str | None"] = None
-    # Largest |log s| at which the density can be evaluated.
-    _reach: ClassVar["float | int"] = 700.0
     _derived: ClassVar[tuple[str, ...]] = (
         "_conjugate",
         "_log_prob_u",
+        "_ranges",
         "_reach",
         "mean",
         "sample",
@@ -127,13 +127,26 @@ class ScalePrior(torch.nn.Module):
 
     def _log_prob_u(self, u: Tensor) -> Tensor:
         """Log density of u = log s."""
-        value = self.log_prob(u.exp())
+        value: Any = self.log_prob(u.exp())
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{type(self).__name__}.log_prob must return a tensor; got {type(value).__name__}.")
         if value.shape != u.shape:
             raise ValueError(
                 f"{type(self).__name__}.log_prob must return one value an entry; got shape {tuple(value.shape)} "
                 f"for {tuple(u.shape)}."
             )
         return value + u
+
+    @property
+    def _reach(self) -> "float | int":
+        """Largest |log s| at which the density can be evaluated."""
+        return 700.0
+
+    def _ranges(self, depth: float) -> list[tuple[float, float]]:
+        """Ranges of log s that hold the prior's mass: its density there is within ``depth`` nats of its maximum."""
+        zero = self._zero().reshape(1)
+        low, _, high = find_range(self, 0.0, zero, depth)
+        return [(low.item(), high.item())]
 
     @property
     def tail_index(self) -> "float | int":
@@ -217,11 +230,16 @@ class ScalePrior(torch.nn.Module):
         TypeError
             If the prior is not one of this library: code cannot be saved as numbers.
         """
-        from stochproc.gp._scale_priors import LIBRARY_PRIORS
+        from stochproc.gp._scale_priors import LIBRARY_CLASSES
 
-        if type(self) not in LIBRARY_PRIORS.values():
+        if type(self) not in LIBRARY_CLASSES:
             raise TypeError(f"{type(self).__name__} is not a prior of this library, so it cannot be saved as numbers.")
         return {"class": type(self).__name__, **self._numbers()}
+
+    @classmethod
+    def _from_numbers(cls, numbers: dict[str, Any]) -> "ScalePrior":
+        """Undo ``config``; TypeError for a name or number that is not the prior's own."""
+        return cls(**{key: plain_number(key, value) for key, value in numbers.items()})
 
     def _numbers(self) -> dict[str, float]:
         names = [n for c in reversed(type(self).__mro__) for n, v in vars(c).items() if isinstance(v, PositiveNumber)]
@@ -236,3 +254,37 @@ class ScalePrior(torch.nn.Module):
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self._device())
+
+
+class ClosedFormPrior(ScalePrior):
+    """A prior that defines ``_log_prob_u`` and ``_ppf``: exact also where exp(u) would overflow."""
+
+    @property
+    def _reach(self) -> "float | int":
+        return math.inf
+
+    def _log_prob_u(self, u: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _ppf(self, uniform: Tensor) -> Tensor:
+        """Quantile function at 1 - uniform: the upper tail is resolved down to uniform = 1e-16."""
+        raise NotImplementedError
+
+    def log_prob(self, s: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return log p(s), -inf outside (0, inf); see :meth:`ScalePrior.log_prob`."""
+        positive = s > 0
+        u = torch.where(positive, s, torch.ones_like(s)).log()
+        return torch.where(positive, self._log_prob_u(u) - u, torch.full_like(s, -math.inf))
+
+    def sample(
+        self, shape: "int | tuple[int, ...]" = (), *, generator: "torch.Generator | None" = None
+    ) -> Float[Tensor, "..."]:
+        """Draw by inversion of the distribution function; see :meth:`ScalePrior.sample`."""
+        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        uniform = torch.rand(size, dtype=torch.float64, device=self._device(), generator=generator)
+        with torch.no_grad():
+            return self._ppf(uniform.clamp(min=2.0**-54))
+
+    def _number(self, name: str, like: Tensor) -> Tensor:
+        """Logarithm of a number in the dtype and on the device of ``like``."""
+        return getattr(self, f"log_{name}").to(like)

@@ -5,6 +5,7 @@ With N observed scalars and their whitened square sum S, p(y | s) depends on s t
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from stochproc._checks import check_floating, check_integer
 from stochproc.gp._scale_base import ScalePrior
-from stochproc.gp._scale_priors import log_gamma_ratio
+from stochproc.gp._scale_gig import gig_log_integral
 from stochproc.gp._scale_quadrature import log_integral
+from stochproc.gp._special import log1p_ratio, log_gamma_ratio
 
-__all__ = ["LOG_2PI", "check_quad", "inverse_gamma_evidence", "log_evidence"]
+__all__ = ["LOG_2PI", "check_quad", "inverse_gamma_evidence", "log_evidence", "mixture_terms"]
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -54,8 +56,9 @@ def log_evidence(prior: ScalePrior, n_obs: int, quad: Float[Tensor, "*batch"]) -
 
     Notes
     -----
-    Closed form for ``Delta`` and ``InverseGamma``; otherwise the trapezoid rule in log s with 129 to 1025 nodes
-    (up to 8193 where S is near 1e-300), O(1) beside the Cholesky factor that S comes from.
+    Closed form for ``Delta``, ``InverseGamma`` and ``GIG``, and a sum over the components of a ``Mixture``;
+    otherwise the trapezoid rule in log s with 129 to 1025 nodes (up to 8193 where S is near 1e-300), O(1) beside
+    the Cholesky factor that S comes from.
     """
     quad = check_quad(n_obs, quad)
     half = n_obs / 2
@@ -65,7 +68,21 @@ def log_evidence(prior: ScalePrior, n_obs: int, quad: Float[Tensor, "*batch"]) -
     if prior._conjugate == "inverse_gamma":
         log_a, log_b = _parameters(prior, "log_a", "log_b", like=quad)
         return inverse_gamma_evidence(log_a, log_b, half, quad)
+    if prior._conjugate == "gig":
+        p, log_omega, log_scale = _parameters(prior, "p", "log_omega", "log_scale", like=quad)
+        return gig_log_integral(p, log_omega, log_scale, half, quad) - half * LOG_2PI
+    if prior._conjugate == "mixture":
+        # Given x = s / scale the data have square sum S / scale.
+        (log_scale,) = _parameters(prior, "log_scale", like=quad)
+        return torch.logsumexp(mixture_terms(prior, n_obs, quad * (-log_scale).exp()), 0) - half * log_scale
     return log_integral(prior, half, quad) - half * LOG_2PI
+
+
+def mixture_terms(prior: Any, n_obs: int, quad: Float[Tensor, "*batch"]) -> Float[Tensor, "components *batch"]:
+    """Log of weight times evidence of each component of a mixture, for data in units of its scale."""
+    log_weights = prior.log_weights.to(quad.device).log_softmax(0)
+    terms = [w + log_evidence(part, n_obs, quad) for w, part in zip(log_weights, prior.components, strict=True)]
+    return torch.stack(terms)
 
 
 def _parameters(prior: ScalePrior, *names: str, like: Tensor) -> list[Tensor]:
@@ -86,9 +103,5 @@ def check_quad(n_obs: int, quad: Tensor) -> Tensor:
 
 def inverse_gamma_evidence(log_a: Tensor, log_b: Tensor, half: float, quad: Tensor) -> Tensor:
     a = log_a.exp()
-    # log1p(S/2b) that survives S/b beyond 1e308; both branches stay finite for autograd.
-    large = quad.detach().log() - log_b.detach() > 50
-    small = torch.where(large, torch.zeros_like(quad), quad) * (-log_b).exp() / 2
-    huge = torch.where(large, quad / 2, torch.ones_like(quad)).log() - log_b
-    log_growth = torch.where(large, huge, torch.log1p(small))
+    log_growth = log1p_ratio(quad / 2, log_b)
     return log_gamma_ratio(a, half) + half * (log_a - log_b - LOG_2PI) - (a + half) * log_growth

@@ -1,7 +1,6 @@
 """The best scale parameter of a prior, which for one data set is a one-dimensional problem."""
 
 import math
-import warnings
 
 import torch
 from jaxtyping import Float
@@ -9,16 +8,17 @@ from scipy import optimize
 from torch import Tensor
 
 from stochproc._checks import check_integer
+from stochproc._warnings import warn_caller
 from stochproc.exceptions import DataWarning
 from stochproc.gp._scale_base import ScalePrior
 from stochproc.gp._scale_evidence import log_evidence
-from stochproc.gp._scale_quadrature import find_range
 
 __all__ = ["fit_scale"]
 
 SCAN_POINTS = 65
 # Only where the density of log s is within this of its maximum, in nats, can the maximum lie.
 SCAN_DEPTH = 10.0
+SCAN_MARGIN = 6.0
 
 
 def fit_scale(prior: ScalePrior, n_obs: int, quad: Float[Tensor, ""]) -> None:
@@ -55,10 +55,9 @@ def fit_scale(prior: ScalePrior, n_obs: int, quad: Float[Tensor, ""]) -> None:
         raise TypeError(f"{type(prior).__name__} declares no scale parameter; set the class attribute scale_name.")
     total = quad.detach().to(torch.float64)
     if total.item() == 0:
-        warnings.warn(
+        warn_caller(
             f"all residuals are exactly zero, so the best scale is zero; {prior.scale_name} is kept.",
             DataWarning,
-            stacklevel=2,
         )
         return
     variance = total.item() / n_obs
@@ -75,13 +74,11 @@ def _best_log_ratio(prior: ScalePrior, n_obs: int) -> float:
     """Logarithm of S/(N c) at the best c, where the prior of s becomes that of c s."""
     # The evidence in log c is the prior's density of log s, smoothed by the likelihood: its maximum lies where
     # the prior has mass. Scanned first, since that density may have several modes.
-    zero = torch.zeros(1, dtype=torch.float64, device=prior._device())
-    low, _, high = find_range(prior, 0.0, zero, SCAN_DEPTH)
-    grid = torch.linspace(low.item(), high.item(), SCAN_POINTS, dtype=torch.float64, device=zero.device)
+    grid = _scan_points(prior, n_obs)
     with torch.no_grad():
         value = log_evidence(prior, n_obs, n_obs * grid.exp()) + n_obs / 2 * grid
     k = int(value.argmax())
-    left, right = grid[max(k - 1, 0)].item(), grid[min(k + 1, SCAN_POINTS - 1)].item()
+    left, right = grid[max(k - 1, 0)].item(), grid[min(k + 1, len(grid) - 1)].item()
 
     def slope(log_ratio: float) -> float:
         # N - S E[1/s | y]: the derivative of twice the scanned function.
@@ -93,7 +90,7 @@ def _best_log_ratio(prior: ScalePrior, n_obs: int) -> float:
     # At an end of the scan the maximum may lie just outside; the slope has the right sign further out.
     while k == 0 and slope(left) <= 0:
         left -= 1.0
-    while k == SCAN_POINTS - 1 and slope(right) >= 0:
+    while k == len(grid) - 1 and slope(right) >= 0:
         right += 1.0
     if slope(left) > 0 > slope(right):
         return optimize.brentq(slope, left, right, xtol=1e-12, rtol=1e-14)
@@ -105,3 +102,16 @@ def _best_log_ratio(prior: ScalePrior, n_obs: int) -> float:
         options={"xatol": 1e-9},
     )
     return float(found.x)
+
+
+def _scan_points(prior: ScalePrior, n_obs: int) -> Tensor:
+    """Values of the log ratio at which the best one is looked for: equally spaced over each part of the prior."""
+    parts = prior._ranges(SCAN_DEPTH)
+    # A component may be narrower than the likelihood, whose standard deviation of log s is sqrt(2/N).
+    margin = 0.0 if len(parts) == 1 else SCAN_MARGIN * math.sqrt(2 / n_obs)
+    device = prior._device()
+    grids = [
+        torch.linspace(low - margin, high + margin, SCAN_POINTS, dtype=torch.float64, device=device)
+        for low, high in parts
+    ]
+    return torch.cat(grids).unique()

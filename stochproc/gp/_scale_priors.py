@@ -8,23 +8,23 @@ from jaxtyping import Float
 from scipy import special
 from torch import Tensor
 
-from stochproc.gp._scale_base import PositiveNumber, ScalePrior, plain_number
+from stochproc.gp._scale_base import ClosedFormPrior, PositiveNumber, ScalePrior
+from stochproc.gp._scale_gig import GIG
+from stochproc.gp._scale_mixture import Mixture
+from stochproc.gp._scale_priors_light import Gamma, LogNormal
+from stochproc.gp._scale_priors_sigma import HalfNormal, HalfStudentT
+from stochproc.gp._special import log_gamma_defect
 
 __all__ = [
+    "LIBRARY_CLASSES",
     "LIBRARY_PRIORS",
     "BurrXII",
     "Delta",
     "HalfCauchy",
     "InverseGamma",
     "as_scale_prior",
-    "log_gamma_ratio",
     "scale_prior_from_config",
 ]
-
-# From here on Stirling's series with the terms below is exact to rounding: the first one left out is 0.18 /
-# 20^15.
-STIRLING_FROM = 20.0
-STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
 
 
 class Delta(ScalePrior):
@@ -43,11 +43,15 @@ class Delta(ScalePrior):
 
     value = PositiveNumber(learned=True, doc="The scale itself.")
     scale_name = "value"
+    log_value: Tensor
     _conjugate = "point"
 
     def __init__(self, value: "float | int" = 1.0) -> None:
         super().__init__()
         self.value = value
+
+    def _ranges(self, depth: float) -> list[tuple[float, float]]:
+        return [(self.log_value.item(), self.log_value.item())]
 
     def _log_prob_u(self, u: Tensor) -> Tensor:
         raise TypeError("Delta is a point mass and has no density; use its value instead of log_prob.")
@@ -76,39 +80,7 @@ class Delta(ScalePrior):
         return self.value.detach().expand((shape,) if isinstance(shape, int) else tuple(shape)).clone()
 
 
-class _ClosedFormPrior(ScalePrior):
-    """A prior that defines ``_log_prob_u`` and ``_ppf``: exact also where exp(u) would overflow."""
-
-    _reach = math.inf
-
-    def _log_prob_u(self, u: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _ppf(self, uniform: Tensor) -> Tensor:
-        """Quantile function at 1 - uniform: the upper tail is resolved down to uniform = 1e-16."""
-        raise NotImplementedError
-
-    def log_prob(self, s: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return log p(s), -inf outside (0, inf); see :meth:`ScalePrior.log_prob`."""
-        positive = s > 0
-        u = torch.where(positive, s, torch.ones_like(s)).log()
-        return torch.where(positive, self._log_prob_u(u) - u, torch.full_like(s, -math.inf))
-
-    def sample(
-        self, shape: "int | tuple[int, ...]" = (), *, generator: "torch.Generator | None" = None
-    ) -> Float[Tensor, "..."]:
-        """Draw by inversion of the distribution function; see :meth:`ScalePrior.sample`."""
-        size = (shape,) if isinstance(shape, int) else tuple(shape)
-        uniform = torch.rand(size, dtype=torch.float64, device=self._device(), generator=generator)
-        with torch.no_grad():
-            return self._ppf(uniform.clamp(min=2.0**-54))
-
-    def _number(self, name: str, like: Tensor) -> Tensor:
-        """Logarithm of a number in the dtype and on the device of ``like``."""
-        return getattr(self, f"log_{name}").to(like)
-
-
-class InverseGamma(_ClosedFormPrior):
+class InverseGamma(ClosedFormPrior):
     r"""Inverse gamma prior, :math:`p(s) = b^a s^{-a-1} e^{-b/s} / \Gamma(a)`: a Student-t process.
 
     Parameters
@@ -140,7 +112,7 @@ class InverseGamma(_ClosedFormPrior):
         a = log_a.exp()
         # a log r - r - lgamma(a), r = b/s, written relative to r = a: for large a its terms would cancel.
         x = self._number("b", u) - u - log_a
-        return a * (x - torch.expm1(x)) + _log_gamma_defect(a)
+        return a * (x - torch.expm1(x)) + log_gamma_defect(a)
 
     @property
     def tail_index(self) -> "float | int":
@@ -157,7 +129,7 @@ class InverseGamma(_ClosedFormPrior):
         return self.b / torch.as_tensor(gamma, dtype=uniform.dtype, device=uniform.device)
 
 
-class BurrXII(_ClosedFormPrior):
+class BurrXII(ClosedFormPrior):
     r"""Burr type XII prior of s = scale x, with x of density :math:`c d x^{c-1} (1 + x^c)^{-d-1}`.
 
     Parameters
@@ -206,7 +178,7 @@ class BurrXII(_ClosedFormPrior):
         return self.scale * torch.expm1(-uniform.log() / self.d) ** (1 / self.c)
 
 
-class HalfCauchy(_ClosedFormPrior):
+class HalfCauchy(ClosedFormPrior):
     r"""Half-Cauchy prior of sigma, :math:`p(s) = t / (\pi \sqrt s\,(t^2 + s))` with s = sigma².
 
     Parameters
@@ -249,9 +221,16 @@ class HalfCauchy(_ClosedFormPrior):
 LIBRARY_PRIORS: dict[str, type[ScalePrior]] = {
     "burr_xii": BurrXII,
     "delta": Delta,
+    "gamma": Gamma,
+    "gig": GIG,
     "half_cauchy": HalfCauchy,
+    "half_normal": HalfNormal,
+    "half_student_t": HalfStudentT,
     "inverse_gamma": InverseGamma,
+    "log_normal": LogNormal,
 }
+# A mixture has no components of its own, hence no name.
+LIBRARY_CLASSES: tuple[type[ScalePrior], ...] = (*LIBRARY_PRIORS.values(), Mixture)
 
 
 def as_scale_prior(prior: "ScalePrior | str") -> ScalePrior:
@@ -259,8 +238,9 @@ def as_scale_prior(prior: "ScalePrior | str") -> ScalePrior:
 
     Parameters
     ----------
-    prior : ScalePrior or {"burr_xii", "delta", "half_cauchy", "inverse_gamma"}
-        The prior.
+    prior : ScalePrior or str
+        The prior, or one of "burr_xii", "delta", "gamma", "gig", "half_cauchy", "half_normal", "half_student_t",
+        "inverse_gamma" and "log_normal".
 
     Raises
     ------
@@ -297,35 +277,14 @@ def scale_prior_from_config(config: dict[str, Any]) -> ScalePrior:
     >>> scale_prior_from_config(HalfCauchy(t=0.5).config())
     HalfCauchy(t=0.5)
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"config must be what config() of a prior returned; got {config!r}.")
     numbers = dict(config)
     name = numbers.pop("class", None)
-    classes = {c.__name__: c for c in LIBRARY_PRIORS.values()}
+    classes = {c.__name__: c for c in LIBRARY_CLASSES}
     if name not in classes:
         raise ValueError(f"config must have a class among {', '.join(sorted(classes))}; got {name!r}.")
     try:
-        return classes[name](**{key: plain_number(key, value) for key, value in numbers.items()})
+        return classes[name]._from_numbers(numbers)
     except TypeError as error:
         raise ValueError(f"config of {name} has numbers that are not its own: {error}") from error
-
-
-def _stirling_rest(x: Tensor) -> Tensor:
-    """lgamma(x) less (x - 1/2) log x - x + log(2 pi)/2, for x >= 20."""
-    inverse, total = 1 / x, torch.zeros_like(x)
-    for k, coefficient in enumerate(STIRLING):
-        total = total + coefficient * inverse ** (2 * k + 1)
-    return total
-
-
-def _log_gamma_defect(a: Tensor) -> Tensor:
-    """Return a log a - a - lgamma(a), without cancellation for large a."""
-    if a.item() < STIRLING_FROM:
-        return a * a.log() - a - torch.lgamma(a)
-    return (a / (2 * math.pi)).log() / 2 - _stirling_rest(a)
-
-
-def log_gamma_ratio(a: Tensor, half: float) -> Tensor:
-    """lgamma(a + half) - lgamma(a) - half log a, without cancellation for large a."""
-    if a.item() < STIRLING_FROM:
-        return torch.lgamma(a + half) - torch.lgamma(a) - half * a.log()
-    rest = _stirling_rest(a + half) - _stirling_rest(a)
-    return (a + half - 0.5) * torch.log1p(half / a) - half + rest

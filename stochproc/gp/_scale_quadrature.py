@@ -9,13 +9,13 @@ smooth and falls off exponentially on both sides, so that the trapezoid rule con
 """
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stochproc._warnings import warn_caller
 from stochproc.exceptions import NumericalWarning
 
 __all__ = ["DEPTH", "ScaleNodes", "find_range", "log_integral", "log_terms", "place_nodes", "sample_log_scale"]
@@ -127,12 +127,11 @@ def place_nodes(prior: Any, power: float, quad: Float[Tensor, "batch"], *, depth
         if bool((error <= TOLERANCE + rounding).all()):
             return nodes
         if intervals == LAST_INTERVALS:
-            warnings.warn(
+            warn_caller(
                 f"the integral over the scale has not converged with {intervals + 1} nodes: two levels "
                 f"differ by {float(error.max()):.1e} in log p(y). The density of {prior!r} may have jumps "
                 "or very narrow peaks.",
                 NumericalWarning,
-                stacklevel=2,
             )
             return nodes
         intervals *= 2

@@ -6,7 +6,8 @@ import math
 import mpmath as mp
 import torch
 
-from stochproc.gp import BurrXII, HalfCauchy, InverseGamma, ScalePrior
+from stochproc import gp
+from stochproc.gp import GIG, BurrXII, Gamma, HalfCauchy, HalfNormal, HalfStudentT, InverseGamma, Mixture, ScalePrior
 
 
 class LogNormal(ScalePrior):
@@ -63,6 +64,39 @@ def _two_peaks(u):
     return mp.log(both) + mp.log(4) - mp.log(2 * mp.pi) / 2
 
 
+def _log_normal(m, v):
+    m, v = mp.mpf(m), mp.mpf(v)
+    return lambda u: -((u - m) ** 2) / (2 * v) - mp.log(2 * mp.pi * v) / 2
+
+
+def _gamma(a, b):
+    a, b = mp.mpf(a), mp.mpf(b)
+    return lambda u: a * (mp.log(b) + u) - b * mp.exp(u) - mp.loggamma(a)
+
+
+def _half_student_t(df, t):
+    df, t = mp.mpf(df), mp.mpf(t)
+    constant = mp.loggamma((df + 1) / 2) - mp.loggamma(df / 2) - mp.log(df * mp.pi) / 2
+
+    def density(u):
+        x = u - 2 * mp.log(t)
+        return constant + x / 2 - (df + 1) / 2 * mp.log1p(mp.exp(x) / df)
+
+    return density
+
+
+def _gig(p, a, b):
+    p, a, b = mp.mpf(p), mp.mpf(a), mp.mpf(b)
+    constant = p / 2 * mp.log(a / b) - mp.log(2 * mp.besselk(p, mp.sqrt(a * b)))
+    return lambda u: constant + p * u - (a * mp.exp(u) + b * mp.exp(-u)) / 2
+
+
+def _mixture(weights, densities, scale):
+    total, shift = sum(weights), mp.log(mp.mpf(scale))
+    both = list(zip(weights, densities, strict=True))
+    return lambda u: mp.log(sum(mp.mpf(w) / total * mp.exp(d(u - shift)) for w, d in both))
+
+
 # Name -> (prior, the density of u = log s in mpmath).
 PRIORS = {
     "inverse_gamma": (lambda: InverseGamma(2.0, 2.0), _inverse_gamma_2),
@@ -72,6 +106,20 @@ PRIORS = {
     "burr_xii_pole": (lambda: BurrXII(0.3, 2.0, 1.0), _burr(0.3, 2, 1)),
     "log_normal": (LogNormal, lambda u: -(u**2) / 2 - mp.log(2 * mp.pi) / 2),
     "two_peaks": (TwoPeaks, _two_peaks),
+}
+
+# The others of the library, likewise; lighter tails, so that the data must not be 1e300 times what the prior expects.
+LIGHTER = {
+    "gamma": (lambda: Gamma(1.5, 0.7), _gamma(1.5, 0.7)),
+    "gig": (lambda: GIG(-0.7, 1.2, 0.8), _gig(-0.7, 1.2, 0.8)),
+    "gig_near_gamma": (lambda: GIG(3.0, 2.0, 1e-3), _gig(3.0, 2.0, 1e-3)),
+    "half_normal": (lambda: HalfNormal(1.3), lambda u: _gamma(0.5, 1 / (2 * mp.mpf(1.3) ** 2))(u)),
+    "half_student_t": (lambda: HalfStudentT(3.5, 1.3), _half_student_t(3.5, 1.3)),
+    "log_normal_of_the_library": (lambda: gp.LogNormal(0.4, 2.5), _log_normal(0.4, 2.5)),
+    "mixture": (
+        lambda: Mixture([HalfCauchy(1.3), gp.LogNormal(0.4, 2.5), GIG(-0.7, 1.2, 0.8)], [1, 2, 3], 1.5),
+        _mixture([1, 2, 3], [_half_cauchy, _log_normal(0.4, 2.5), _gig(-0.7, 1.2, 0.8)], 1.5),
+    ),
 }
 
 

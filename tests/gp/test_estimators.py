@@ -345,6 +345,25 @@ def test_an_interruption_leaves_a_usable_estimator():
     assert model.log_marginal_likelihood_ > start.log_marginal_likelihood_
 
 
+def test_an_interruption_leaves_the_mean_and_the_scale_of_what_was_found():
+    X, y = data()
+    calls = []
+
+    def interrupt(state):
+        calls.append(state)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    model = ScaleMixtureGPRegressor(normalize_y=False)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, 1e3 * y + 1e6, callback=interrupt)
+    # The scale of an inverse gamma prior has its optimum at a S/N.
+    scale = model.scale_posterior_
+    assert model.scale_prior_.b.item() == pytest.approx(2 * scale.quad.item() / scale.n_obs, rel=1e-9)
+    target = 1e3 * y + 1e6
+    assert abs(model._mean_.item() - target.mean()) < target.std()
+
+
 def test_restarts_never_end_lower_and_repeat_with_their_seed():
     X, y = data(40)
     one = ScaleMixtureGPRegressor().fit(X, y)
@@ -399,14 +418,14 @@ def test_a_wrong_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"noise_model": "independent"}, ValueError, "noise_model must be one of 'scaled'; got 'independent'"),
+        ({"noise_model": "outside"}, ValueError, "noise_model must be one of 'scaled', 'independent'; got 'outside'"),
         ({"mean": "linear"}, ValueError, "mean must be one of 'constant', 'zero'; got 'linear'"),
         ({"normalize_X": "columns"}, ValueError, "normalize_X must be one of True, False, 'global'"),
         ({"normalize_y": "global"}, ValueError, "normalize_y must be one of True, False"),
         ({"optimizer": "adam"}, ValueError, "optimizer must be one of 'lbfgs', None; got 'adam'"),
         ({"n_restarts": 0}, ValueError, "n_restarts must be at least 1; got 0"),
         ({"n_restarts": 1.5}, TypeError, "n_restarts must be an integer"),
-        ({"solver": "cg"}, ValueError, "solver must be one of 'auto', 'cholesky'; got 'cg'"),
+        ({"solver": "lu"}, ValueError, "solver must be one of 'auto', 'cholesky', 'cg'; got 'lu'"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of 'float64', 'float32'; got 'float16'"),
         ({"noise": -0.1}, ValueError, "noise must be non-negative and finite; got -0.1"),
         ({"noise": float("nan")}, ValueError, "noise must be non-negative and finite"),
@@ -467,7 +486,7 @@ def test_intervals_on_data_of_the_model_cover_as_often_as_they_say(prior):
         X = rng.uniform(0, 5, size=(200, 1))
         K = np.exp(-((X - X.T) ** 2) / 2) + 0.1 * np.eye(200)
         y = np.linalg.cholesky(K) @ rng.normal(size=200)
-        model = ScaleMixtureGPRegressor(scale_prior=prior).fit(X[:50], y[:50])
+        model = ScaleMixtureGPRegressor(scale_prior=prior, n_restarts=1).fit(X[:50], y[:50])
         lower, upper = model.predict_interval(X[50:]).T
         covered.append(np.mean((lower < y[50:]) & (y[50:] < upper)))
     assert abs(np.mean(covered) - 0.9) < 0.032

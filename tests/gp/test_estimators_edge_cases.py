@@ -1,5 +1,6 @@
 """The regressor where fits fail, units are extreme, precision is low, or files must say everything."""
 
+import copy
 import os
 import stat
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from sklearn.exceptions import NotFittedError
 
-from stochproc.exceptions import NotPositiveDefiniteError
+from stochproc.exceptions import DataWarning, NotPositiveDefiniteError
 from stochproc.gp import InverseGamma, ScaleMixtureGPRegressor
 from stochproc.kernels import RBF, Linear
 
@@ -226,3 +227,65 @@ def test_devices_verbosity_and_batches_are_refused_by_name(options, error, messa
 def test_targets_that_are_no_numbers_are_refused_by_name(y):
     with pytest.raises(ValueError, match="y must hold real numbers"):
         ScaleMixtureGPRegressor().fit(np.zeros((3, 1)), np.asarray(y))
+
+
+@pytest.mark.parametrize(("dtype", "gain"), [("float32", 1e-7), ("float32", 1e-12), ("float64", 1e-16)])
+def test_small_targets_are_learned_from_though_they_are_not_standardised(dtype, gain):
+    X, y = data(30)
+    options = {"dtype": dtype, "normalize_y": False, "n_restarts": 1}
+    model, small = (ScaleMixtureGPRegressor(**options).fit(X, g * y) for g in (1.0, gain))
+    # The scale is profiled out: losses differ by rounding, and a search ends within 0.1 nat of the optimum.
+    assert small.log_marginal_likelihood_ + 30 * np.log(gain) == pytest.approx(model.log_marginal_likelihood_, abs=0.1)
+
+
+def test_rounding_of_a_constant_target_is_no_data():
+    X, _ = data(20)
+    constant = np.full(20, 0.3)
+    rounded = constant.copy()
+    rounded[3] = 0.1 + 0.2
+    with pytest.warns(DataWarning, match="y does not vary"):
+        model, other = (ScaleMixtureGPRegressor().fit(X, y) for y in (constant, rounded))
+    np.testing.assert_allclose(other.predict_interval(X), model.predict_interval(X), rtol=1e-12)
+
+
+@pytest.mark.parametrize("noise_model", ["scaled", "independent"])
+@pytest.mark.parametrize("gain", [1e160, 1e-160])
+def test_targets_whose_squares_do_not_fit_are_refused_by_name(noise_model, gain):
+    X, y = data(20)
+    with pytest.raises(ValueError, match="y must be 0 or between 1e-140 and 1e\\+140 in size"):
+        ScaleMixtureGPRegressor(noise_model=noise_model, normalize_y=False).fit(X, gain * y)
+
+
+@pytest.mark.parametrize(
+    "later", [{"noise_model": "independent"}, {"solver": "cg"}, {"inference": "importance"}], ids=str
+)
+def test_a_file_holds_the_fit_whatever_is_set_after_it(later, tmp_path):
+    X, y = data(20)
+    model = ScaleMixtureGPRegressor(optimizer=None).fit(X, y).set_params(**later)
+    model.save(tmp_path / "m")
+    loaded = ScaleMixtureGPRegressor.load(tmp_path / "m")
+    assert type(loaded.posterior_) is type(model.posterior_)
+    np.testing.assert_array_equal(loaded.predict(X, return_std=True), model.predict(X, return_std=True))
+    name, value = next(iter(later.items()))
+    assert getattr(loaded, name) == value
+
+
+@pytest.mark.parametrize("prior", ["half_cauchy", "gamma"])
+def test_leaving_out_the_only_residual_gives_a_number(prior):
+    X = 100 * np.arange(12.0)[:, None]
+    options = {"normalize_X": False, "normalize_y": False, "mean": "zero", "optimizer": None}
+    for dtype in ("float32", "float64"):
+        loo = ScaleMixtureGPRegressor(RBF(1.0), scale_prior=prior, dtype=dtype, **options).fit(X, np.eye(12)[5]).loo()
+        assert np.isfinite(loo).all()
+        # The others are exactly zero, so that their own law all but excludes it.
+        assert loo.argmin() == 5
+
+
+def test_a_learned_kernel_can_start_another_search_once_it_is_thawed():
+    X, y = data(30)
+    model = ScaleMixtureGPRegressor(n_restarts=1).fit(X, y)
+    frozen = ScaleMixtureGPRegressor(model.kernel_, n_restarts=1).fit(X, np.sin(3 * X[:, 0]))
+    assert torch.equal(frozen.kernel_.lengthscale, model.kernel_.lengthscale)
+    thawed = copy.deepcopy(model.kernel_).requires_grad_()
+    again = ScaleMixtureGPRegressor(thawed, n_restarts=1).fit(X, np.sin(3 * X[:, 0]))
+    assert again.log_marginal_likelihood_ > frozen.log_marginal_likelihood_ + 1

@@ -399,7 +399,7 @@ def test_values_out_of_range_are_refused():
     with pytest.raises(ValueError, match="mean must be one of 'constant', 'zero'; got 'linear'"):
         model(mean="linear")
     with pytest.raises(ValueError, match="scale_prior must be a ScalePrior or one of"):
-        model("gamma")
+        model("cauchy")
     with pytest.raises(ValueError, match="X must be finite"):
         model().condition(X * float("nan"), y)
     with pytest.raises(ValueError, match="y must be finite"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from stochproc.gp import Delta, HalfCauchy, InverseGamma, Predictive, scale_posterior
+from stochproc.gp import GIG, Delta, HalfCauchy, InverseGamma, Predictive, scale_posterior
 from tests.gp.scale_reference import PRIORS, UserInverseGamma, log_evidence_mp
 
 
@@ -134,3 +134,20 @@ def test_values_out_of_range_are_refused():
         law.log_prob(torch.tensor([0.0, math.nan]))
     with pytest.raises(ValueError, match="q must lie strictly between 0 and 1; got 1"):
         law.quantile(1.0)
+
+
+def test_the_density_of_a_far_row_in_float32_is_that_in_float64():
+    scale = scale_posterior(InverseGamma(2.0, 3.0), 5, torch.tensor(4.0))
+    y = torch.tensor([1e25, -1e38])
+    double, single = (
+        Predictive(torch.zeros(2, dtype=dtype), torch.ones(2, dtype=dtype), scale).log_prob(y.to(dtype))
+        for dtype in (torch.float64, torch.float32)
+    )
+    torch.testing.assert_close(single, double.float())
+
+
+@pytest.mark.parametrize("prior", [Delta(), InverseGamma(), GIG(), HalfCauchy()], ids=repr)
+def test_a_row_whose_square_overflows_is_refused(prior):
+    law = Predictive(torch.zeros(2), torch.ones(2), scale_posterior(prior, 5, torch.tensor(4.0)))
+    with pytest.raises(ValueError, match="y must lie within some 1e150 standard deviations"):
+        law.log_prob(torch.tensor([0.0, -1e160]))

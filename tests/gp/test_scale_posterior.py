@@ -6,10 +6,24 @@ import pytest
 import torch
 from scipy import stats
 
+from stochproc import gp
 from stochproc.exceptions import NumericalWarning
-from stochproc.gp import BurrXII, Delta, HalfCauchy, InverseGamma, ScalePrior, log_evidence, scale_posterior
+from stochproc.gp import (
+    GIG,
+    BurrXII,
+    Delta,
+    Gamma,
+    HalfCauchy,
+    HalfNormal,
+    HalfStudentT,
+    InverseGamma,
+    Mixture,
+    ScalePrior,
+    log_evidence,
+    scale_posterior,
+)
 from stochproc.gp._scale_quadrature import log_integral
-from tests.gp.scale_reference import PRIORS, LogNormal, TwoPeaks, UserInverseGamma, log_evidence_mp
+from tests.gp.scale_reference import LIGHTER, PRIORS, LogNormal, TwoPeaks, UserInverseGamma, log_evidence_mp
 
 EPS = torch.finfo(torch.float64).eps
 DATA = [(1, 0.7), (3, 2.0), (500, 431.0), (3, 1e6), (3, 1e-300), (500, 1e300)]
@@ -29,6 +43,14 @@ def close_to(value, n_obs, quad):
 @pytest.mark.parametrize(("n_obs", "quad"), DATA)
 def test_the_evidence_is_the_integral_to_ten_digits(name, n_obs, quad):
     make, density = PRIORS[name]
+    exact = float(log_evidence_mp(density, n_obs, quad))
+    assert log_evidence(make(), n_obs, torch.tensor(quad)).item() == close_to(exact, n_obs, quad)
+
+
+@pytest.mark.parametrize("name", LIGHTER)
+@pytest.mark.parametrize(("n_obs", "quad"), [(1, 0.7), (500, 431.0), (3, 1e4)])
+def test_the_evidence_of_lighter_priors_is_the_integral_to_ten_digits(name, n_obs, quad):
+    make, density = LIGHTER[name]
     exact = float(log_evidence_mp(density, n_obs, quad))
     assert log_evidence(make(), n_obs, torch.tensor(quad)).item() == close_to(exact, n_obs, quad)
 
@@ -60,6 +82,18 @@ def test_the_predictive_density_is_a_ratio_of_integrals_to_ten_digits(name, n_ob
     torch.testing.assert_close(mine, torch.tensor(exact), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", LIGHTER)
+@pytest.mark.parametrize(("n_obs", "quad"), [(1, 0.7), (500, 431.0)])
+def test_the_predictive_density_of_lighter_priors_is_a_ratio_of_integrals_to_ten_digits(name, n_obs, quad):
+    make, density = LIGHTER[name]
+    squares = [2.0, 1e3]
+    mine = posterior(make(), n_obs, quad).log_density(torch.tensor(squares), 2)
+    with mp.workdps(30):
+        base = log_evidence_mp(density, n_obs, quad)
+        exact = [float(log_evidence_mp(density, n_obs + 2, mp.mpf(quad) + x) - base) for x in squares]
+    torch.testing.assert_close(mine, torch.tensor(exact), rtol=0, atol=1e-10)
+
+
 def test_the_point_mass_gives_the_gaussian():
     quad = torch.tensor(3.0)
     exact = -7 / 2 * math.log(2 * math.pi * 0.4) - 3 / 0.8
@@ -87,7 +121,23 @@ def test_many_evidences_at_once_are_those_one_by_one():
 
 
 @pytest.mark.parametrize(
-    "prior", [Delta(0.7), InverseGamma(3.0, 0.5), InverseGamma(40.0), BurrXII(0.5, 2.0), HalfCauchy()], ids=repr
+    "prior",
+    [
+        Delta(0.7),
+        InverseGamma(3.0, 0.5),
+        InverseGamma(40.0),
+        BurrXII(0.5, 2.0),
+        HalfCauchy(),
+        gp.LogNormal(0.4, 2.5),
+        Gamma(1.5, 0.5),
+        Gamma(40.0, 30.0),
+        HalfNormal(1.3),
+        HalfStudentT(3.5, 0.1),
+        GIG(-0.7, 1.2, 0.8),
+        GIG(30.0, 2.0, 0.8),
+        Mixture([GIG(-0.7), HalfCauchy(), Delta()], [1, 2, 3], 0.5),
+    ],
+    ids=repr,
 )
 def test_gradients_of_the_evidence_are_those_of_differences(prior):
     for parameter in prior.parameters():
@@ -110,9 +160,9 @@ def test_gradients_of_the_evidence_are_those_of_differences(prior):
     assert torch.autograd.gradcheck(evidence, (quad, *parameters))
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", [*PRIORS, *LIGHTER])
 def test_the_slope_of_the_evidence_is_the_mean_of_one_over_s(name):
-    prior = PRIORS[name][0]()
+    prior = (PRIORS | LIGHTER)[name][0]()
     quad = torch.tensor(2.0, requires_grad=True)
     log_evidence(prior, 3, quad).backward()
     assert scale_posterior(prior, 3, quad).inverse_mean == pytest.approx(-2 * quad.grad.item(), rel=1e-11)
@@ -147,10 +197,10 @@ def test_the_mean_of_s_exists_if_tail_index_plus_half_the_data_exceed_one(prior,
     assert bool(scale.missing_variance) == (not exists)
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", [*PRIORS, *LIGHTER])
 @pytest.mark.parametrize("n_obs", [1, 500])
 def test_quantiles_invert_the_distribution_function(name, n_obs):
-    scale = posterior(PRIORS[name][0](), n_obs, 0.9 * n_obs)
+    scale = posterior((PRIORS | LIGHTER)[name][0](), n_obs, 0.9 * n_obs)
     q = torch.tensor([1e-8, 1e-3, 0.2, 0.5 - 1e-9, 0.5, 0.7, 0.975, 1 - 1e-8])
     torch.testing.assert_close(scale.cdf(scale.quantile(q)), q, rtol=1e-9, atol=1e-13)
 
@@ -289,10 +339,12 @@ def test_very_many_observations_give_the_laplace_limit(n_obs):
     assert scale.mean == pytest.approx(1.7, rel=4 / n_obs)
 
 
-@pytest.mark.parametrize("name", ["inverse_gamma", "half_cauchy", "burr_xii", "log_normal", "two_peaks"])
+@pytest.mark.parametrize(
+    "name", ["inverse_gamma", "half_cauchy", "burr_xii", "log_normal", "two_peaks", "gamma", "gig", "mixture"]
+)
 @pytest.mark.parametrize("n_obs", [1, 50])
 def test_samples_of_the_scale_follow_its_posterior(name, n_obs, gen):
-    scale = posterior(PRIORS[name][0](), n_obs, 0.9 * n_obs)
+    scale = posterior((PRIORS | LIGHTER)[name][0](), n_obs, 0.9 * n_obs)
     s = scale.sample(20_000, generator=gen)
     z = torch.randn(20_000, generator=gen) * s.sqrt()
     # Through the predictive law, whose distribution function is checked above. One seed in a hundred would fail.
@@ -326,6 +378,15 @@ def test_joint_draws_have_the_covariance_of_the_factor(gen):
     assert moments.mean().item() == pytest.approx(0.8 * scale.mean, abs=4 * error)
     across = (y - loc)[:, 0, 0] * (y - loc)[:, 0, 1]
     assert across.mean().item() == pytest.approx(0, abs=4 * across.std().item() / 100_000**0.5)
+
+
+def test_a_wide_prior_without_data_is_resolved_finely_enough_for_gaussians():
+    # log s has standard deviation 100: its own integral needs nodes 30 apart. P(|z| < 1) is P(log s < 0) smoothed.
+    scale = posterior(gp.LogNormal(0.0, 1e4), 0, 0.0)
+    log_s = torch.linspace(-900.0, 900.0, 90_001)
+    weights = (-log_s.square() / 2e4).exp()
+    exact = (weights * torch.special.ndtr((-log_s / 2).exp())).sum() / weights.sum()
+    assert scale.cdf(torch.ones(1)).item() == pytest.approx(exact.item(), abs=1e-12)
 
 
 def test_the_posterior_does_not_change_with_the_prior_it_came_from():
