@@ -101,7 +101,7 @@ class ScaleMixtureGPClassifier(ClassProbabilities, SavedMixin, ClassifierMixin, 
         The kernel with learned hyperparameters.
     scale_prior_ : ScalePrior
         The prior with its learned scale parameter.
-    elbo_history_ : ndarray of shape (n_iter_,)
+    elbo_history_ : ndarray of shape (n_epochs,)
         Lower bound of log p(y) a row (a unit of weight) in nats, averaged over the steps of each epoch; with "gaussian"
         log p(y) a row of the one-hot labels.
     n_iter_ : int

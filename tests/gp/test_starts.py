@@ -8,7 +8,7 @@ import torch
 from stochproc.gp import ScaleMixtureGPRegressor, arch
 from stochproc.gp._starts import best_of_starts, n_starts_of
 from stochproc.kernels import RBF
-from stochproc.solvers import LBFGS, Status
+from stochproc.solvers import LBFGS, Convergence, Result, Status
 
 
 def valleys(x):
@@ -56,9 +56,30 @@ def test_starts_stay_inside_the_bounds_and_the_noise_between_its_shares():
     best_of_starts(run, [x, noise], [(-0.2, 0.2), None], noise, 50, gen())
     assert torch.equal(seen[0][0], torch.tensor([0.1, -0.1]))
     assert all(bool((t.abs() <= 0.2).all()) for t, _ in seen)
-    drawn = [v for _, v in seen[1:]]
+    drawn = [v for _, v in seen[1::2]]
     assert math.log(1e-3) <= min(drawn) < math.log(1e-2)
     assert -0.3 < max(drawn) <= 0
+
+
+def test_every_other_start_is_near_the_best_optimum_with_its_noise():
+    x, noise = (torch.tensor(v, requires_grad=True) for v in ([0.0] * 4, math.log(0.1)))
+    losses, seen = iter([3.0, 1.0, *[2.0] * 30]), []
+
+    def run():
+        seen.append((x.detach().clone(), noise.item()))
+        loss = next(losses)
+        with torch.no_grad():
+            # The second start ends far away, with two columns switched off.
+            x.copy_(torch.tensor([2.0, -2.0, 50.0, 50.0]) if loss == 1.0 else x + 100)
+            noise.fill_(math.log(0.5) if loss == 1.0 else 9.0)
+        return Result(loss, Status.CONVERGED, Convergence(1, 0.0, 1.0)), 1
+
+    best_of_starts(run, [x, noise], [None, None], noise, 32, gen())
+    near = torch.stack([t for t, _ in seen[2::2]])
+    assert all(v == math.log(0.5) for _, v in seen[2::2])
+    # Means of 15 standard normals, four standard errors.
+    torch.testing.assert_close(near.mean(0), torch.tensor([2.0, -2.0, 2.5, 2.5]), rtol=0, atol=4 / 15**0.5)
+    assert torch.equal(x.detach(), torch.tensor([2.0, -2.0, 50.0, 50.0]))
 
 
 def test_a_stop_asked_for_ends_all_starts_and_keeps_the_best():
