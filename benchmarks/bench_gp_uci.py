@@ -196,7 +196,7 @@ def accuracy(args: argparse.Namespace) -> list[dict[str, Any]]:
     """RMSE, log density and coverage on held-out rows, a line for each set and model."""
     rows = []
     for name in args.sets:
-        splits = [real(name, k) for k in range(1 if name == "power" else args.splits)]
+        splits = [real(name, k) for k in range(1 if name in ("wine", "power") else args.splits)]
         for label, model in MODELS.items():
             found = [measured(model, data) for data in splits]
             row: dict[str, Any] = {"data": name, "model": label, "splits": len(found)}
