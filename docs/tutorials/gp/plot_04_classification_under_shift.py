@@ -44,10 +44,7 @@ ax.legend(frameon=False)
 # %%
 # Damage the test images
 # ----------------------
-# Noise of growing strength is added to the pixels. A calibrated classifier that is sure of nine in ten is right nine
-# times in ten; the calibration error is the mean distance from that, over ten bins of confidence. The log loss scores
-# accuracy and honesty together; guessing costs 2.3 nats. Both processes stay honest as logistic regression does not.
-# Whether their scale is random makes no difference here: hundreds of labels have told it.
+# Noise of growing strength is added to the pixels, the same for all models.
 levels = np.arange(6)
 
 
@@ -57,6 +54,19 @@ def damaged(level):
     return np.clip(X[test] + 2.0 * level * noise, 0, 16)
 
 
+fig, axes = plt.subplots(1, len(levels), figsize=(9, 1.8), layout="constrained")
+for ax, level in zip(axes, levels, strict=True):
+    ax.imshow(damaged(level)[1].reshape(8, 8), cmap="Greys", vmin=0, vmax=16)
+    ax.set(title=f"level {level}", xticks=[], yticks=[])
+
+
+# %%
+# Accuracy, and honesty about it
+# ------------------------------
+# A calibrated classifier that is sure of nine in ten is right nine times in ten; the calibration error is the mean
+# distance from that, over ten bins of confidence. The log loss scores accuracy and honesty together; guessing costs 2.3
+# nats. Both processes stay honest as logistic regression does not. Whether their scale is random makes no difference
+# here: hundreds of labels have told it.
 def scores(probabilities):
     """Accuracy, log loss in nats, and calibration error."""
     confidence, right = probabilities.max(1), probabilities.argmax(1) == y[test]
@@ -67,10 +77,6 @@ def scores(probabilities):
 
 
 probabilities = {name: [model.predict_proba(damaged(level)) for level in levels] for name, model in models.items()}
-fig, axes = plt.subplots(1, len(levels), figsize=(9, 1.8), layout="constrained")
-for ax, level in zip(axes, levels, strict=True):
-    ax.imshow(damaged(level)[1].reshape(8, 8), cmap="Greys", vmin=0, vmax=16)
-    ax.set(title=f"level {level}", xticks=[], yticks=[])
 fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
 for name, marker in zip(models, "osD", strict=True):
     found = np.array([scores(p) for p in probabilities[name]])
