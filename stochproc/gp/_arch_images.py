@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -40,8 +40,8 @@ class OnImages(Layer):
 
     def _pixels(self, state: KernelState | DiagState) -> PixelLayout:
         self.check(() if state.pixels is None else state.pixels.shape)
-        assert state.pixels is not None
-        return state.pixels
+        # The check refuses vectors.
+        return cast(PixelLayout, state.pixels)
 
     def own_config(self, write: Any) -> dict[str, Any]:
         """See :meth:`Layer.own_config`."""

@@ -8,6 +8,8 @@ which needs the pairs of pixels within each image. It is accurate to a few round
 itself: kernels of pairs hold no more. Hence pairs of pixels are float64, whatever the images.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,7 @@ def pooled(state: KernelState, size: Size) -> KernelState:
 
 def pooled_diagonal(state: DiagState, size: Size) -> DiagState:
     """Return images, each paired with itself, behind the mean over blocks of ``size`` pixels."""
-    pixels, pair = state.pixels, state.pair
-    assert pixels is not None
-    assert pair is not None
+    pixels, pair = cast(PixelLayout, state.pixels), cast(Pair, state.pair)
     own = mean_over_blocks(pair.sqdist, pixels, size)
     q, half = _variances(state.q, own, pixels, size)
     ntk = None if state.ntk is None else mean_over_blocks(state.ntk, pixels, size)
@@ -54,8 +54,7 @@ def pooled_diagonal(state: DiagState, size: Size) -> DiagState:
 
 def equal_pixels(state: KernelState) -> KernelState:
     """Keep the pairs of equal pixels of two images, with the pixels as the last axis."""
-    pair, pixels = state.pair, state.pixels
-    assert pixels is not None
+    pair, pixels = state.pair, cast(PixelLayout, state.pixels)
     if not pixels.pairs:
         return state
     pixels = _pairs_layout(state)
@@ -67,8 +66,7 @@ def equal_pixels(state: KernelState) -> KernelState:
 
 def equal_pixels_diagonal(state: DiagState) -> DiagState:
     """Keep of the pairs of pixels within each image the equal ones."""
-    pixels, ntk = state.pixels, state.ntk
-    assert pixels is not None
+    pixels, ntk = cast(PixelLayout, state.pixels), state.ntk
     if not pixels.pairs:
         return state
     ntk = None if ntk is None else ntk.diagonal(dim1=-2, dim2=-1)
@@ -76,8 +74,7 @@ def equal_pixels_diagonal(state: DiagState) -> DiagState:
 
 
 def _pairs_layout(state: KernelState) -> PairsLayout:
-    assert isinstance(state.pixels, PairsLayout)
-    return state.pixels
+    return cast(PairsLayout, state.pixels)
 
 
 def _variances(q: Tensor, own: Tensor, pixels: PixelLayout, size: Size) -> tuple[Tensor, Tensor]:
