@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stochproc.gp._arch_base import DiagState, KernelState, Layer
+from stochproc.gp._scale_base import plain_number
 from stochproc.kernels import Pair, duals
 
 __all__ = [
@@ -97,7 +98,7 @@ class ABRelu(Activation):
     dual: duals.ABRelu
 
     def __init__(self, a: float | int, b: float | int) -> None:
-        super().__init__(duals.ABRelu(float(a), float(b)))
+        super().__init__(duals.ABRelu(plain_number("a", a), plain_number("b", b)))
 
     def function(self, u: Tensor) -> Tensor:
         """See :meth:`Activation.function`."""
@@ -126,7 +127,7 @@ class LeakyRelu(ABRelu):
     """
 
     def __init__(self, slope: float | int = 0.01) -> None:
-        Activation.__init__(self, duals.LeakyRelu(slope=float(slope)))
+        Activation.__init__(self, duals.LeakyRelu(slope=plain_number("slope", slope)))
 
 
 class Abs(ABRelu):
@@ -175,7 +176,7 @@ class Sin(Activation):
     dual: duals.Sin
 
     def __init__(self, c: float | int = 0.0) -> None:
-        super().__init__(duals.Sin(float(c)))
+        super().__init__(duals.Sin(plain_number("c", c)))
 
     def function(self, u: Tensor) -> Tensor:
         """See :meth:`Activation.function`."""
@@ -210,7 +211,7 @@ class Rbf(Activation):
     dual: duals.Rbf
 
     def __init__(self, gamma: float | int = 1.0) -> None:
-        super().__init__(duals.Rbf(float(gamma)))
+        super().__init__(duals.Rbf(plain_number("gamma", gamma)))
 
     def function(self, u: Tensor) -> Tensor:
         """See :meth:`Activation.function`."""

@@ -155,7 +155,7 @@ class Layer(torch.nn.Module):
         Parameters
         ----------
         X1 : Tensor of shape (*batch, n, d), or (n, height, width, channels) for networks on images
-            Finite points, float32 or float64.
+            Points, float32 (of at most 1e18 in size) or float64 (1e150).
         X2 : Tensor of shape (*batch, m, d), or (m, height, width, channels), default=None
             None means X1: then only one triangle is evaluated, and the diagonal is that of :meth:`diag` bit for bit.
 
@@ -170,6 +170,8 @@ class Layer(torch.nn.Module):
             If the network can't act on points of this shape.
         TypeError
             If dtypes or devices differ.
+        ValueError
+            If points are misshapen, too large or not finite.
 
         Notes
         -----

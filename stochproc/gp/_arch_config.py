@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stochproc.gp._arch_base import Layer
@@ -63,7 +64,7 @@ def from_config(config: Mapping[str, Any]) -> Layer:
     Raises
     ------
     ValueError
-        If a class is not a layer of this library.
+        If a class is not a layer of this library, or an entry not one that a config has.
 
     Examples
     --------
@@ -75,14 +76,27 @@ def from_config(config: Mapping[str, Any]) -> Layer:
     made: list[Layer] = []
 
     def read(part: Mapping[str, Any]) -> Layer:
+        if not isinstance(part, Mapping):
+            raise ValueError(f"config must be what config() of a layer returned; got {part!r}.")
         if "again" in part:
-            return made[part["again"]]
+            return _earlier(made, part["again"])
         options = dict(part)
         cls = _class_of(options.pop("class", None))
+        unknown = options.keys() - inspect.signature(cls).parameters.keys()
+        if unknown:
+            raise ValueError(f"config of {cls.__name__} has entries that are not its own: {sorted(unknown)}.")
         if "layers" in options:
+            if not isinstance(options["layers"], Sequence):
+                raise ValueError(f"config must be what config() of a layer returned; got {options['layers']!r}.")
             options["layers"] = [read(p) for p in options["layers"]]
         layer = cls(**options)
         made.append(layer)
         return layer
 
     return read(config)
+
+
+def _earlier(made: list[Layer], number: Any) -> Layer:
+    if not (isinstance(number, int) and 0 <= number < len(made)):
+        raise ValueError(f"config refers to layer {number!r} of {len(made)} before it.")
+    return made[number]

@@ -23,6 +23,9 @@ _TILE = {"cpu": 2**16, "other": 2**24}
 # Pairs of pixels in a tile; on the CPU 2**20 took longer, and twice the memory.
 _PIXEL_TILE = {"cpu": 2**18, "other": 2**22}
 
+# Squares of points must fit.
+_LARGEST = {torch.float32: 1e18, torch.float64: 1e150}
+
 
 def dense_kernels(net: Layer, X1: Tensor, X2: Tensor | None, kinds: Sequence[str]) -> tuple[Tensor, ...]:
     """Return the matrices of the kinds asked for, "nngp" and "ntk", of shape (*batch, n, m)."""
@@ -31,6 +34,13 @@ def dense_kernels(net: Layer, X1: Tensor, X2: Tensor | None, kinds: Sequence[str
     same = same_points(X1, X2)
     x = _checked_points(net, "X1", X1, kinds)
     y = x if same else _checked_points(net, "X2", X2, kinds)
+    if not net.takes_images():
+        try:
+            torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        except RuntimeError:
+            raise ValueError(
+                f"the batch shapes of X1 and X2 must broadcast; got {tuple(x.shape[:-2])} and {tuple(y.shape[:-2])}."
+            ) from None
     # What of a point has to agree: the columns, or the shape of the images.
     if x.shape[-_point_ndim(net) :] != y.shape[-_point_ndim(net) :]:
         raise ValueError(f"X1 and X2 must hold points of one kind; got shapes {tuple(X1.shape)} and {tuple(X2.shape)}.")
@@ -72,6 +82,8 @@ def _checked_points(net: Layer, name: str, X: Tensor, kinds: Sequence[str]) -> T
         shape = (X.shape[1], X.shape[2])
     elif X.ndim < 2 or X.shape[-1] == 0:
         raise ValueError(f"{name} must have shape (*batch, n, d), one row a point; got {tuple(X.shape)}.")
+    if X.numel() and not (largest := X.detach().abs().max().item()) <= _LARGEST[X.dtype]:
+        raise ValueError(f"{name} must be finite, of at most {_LARGEST[X.dtype]:g} in size; got {largest:.3g}.")
     behind = net.check(shape)
     if behind:
         raise ArchitectureError(

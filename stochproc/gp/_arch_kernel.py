@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stochproc._checks import check_choice
+from stochproc._checks import check_choice, check_positive
 from stochproc.gp._arch_base import Layer
 from stochproc.gp._arch_compose import Serial
 from stochproc.gp._arch_config import from_config
@@ -90,9 +90,11 @@ class NetworkKernel(Kernel):
     def lengthscale(self, value: Any) -> None:
         if not self.has_lengthscale:
             raise ValueError("lengthscale was None at construction, so that the kernel has no such parameter.")
-        new = torch.as_tensor(value, dtype=torch.float64)
-        if not bool((new > 0).all()):
-            raise ValueError(f"lengthscale must be positive; got {value}.")
+        new = torch.as_tensor(value, dtype=torch.float64).detach()
+        check_positive("lengthscale", new)
+        shape = tuple(self.log_lengthscale.shape)
+        if new.ndim and not _expands(tuple(new.shape), shape):
+            raise ValueError(f"lengthscale must be one number or have shape {shape}; got shape {tuple(new.shape)}.")
         with torch.no_grad():
             self.log_lengthscale.copy_(new.log().expand_as(self.log_lengthscale))
 
@@ -171,6 +173,11 @@ class NetworkKernel(Kernel):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}"
+
+
+def _expands(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and all(s in (1, n) for s, n in pairs)
 
 
 register_kernel(NetworkKernel)

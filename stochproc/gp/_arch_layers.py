@@ -15,6 +15,8 @@ from stochproc.kernels import Pair
 
 __all__ = ["Dense", "Dropout", "Identity", "LayerNorm", "Scale"]
 
+_STDS = (1e-140, 1e140)
+
 
 def squared(log_value: Tensor | None, like: Tensor, *, pairs: bool) -> Any:
     """Return exp(2 log_value) ready to meet pairs (*batch, n, m), or points (*batch, n); 0.0 for None.
@@ -27,6 +29,16 @@ def squared(log_value: Tensor | None, like: Tensor, *, pairs: bool) -> Any:
     if value.numel() == 1:
         return value.reshape(())
     return (value.unsqueeze(-1) if pairs else value).to(like.dtype)
+
+
+def _std(name: str, value: Any, *, zero: bool = False) -> float:
+    """Return a positive number whose square fits, or raise TypeError or ValueError naming it."""
+    number = plain_number(name, value)
+    check_positive(name, number, zero=zero)
+    if not (_STDS[0] <= number <= _STDS[1] or (zero and number == 0)):
+        allowed = f"{'be 0 or ' if zero else ''}lie between {_STDS[0]:g} and {_STDS[1]:g}"
+        raise ValueError(f"{name} must {allowed}; got {number:g}.")
+    return number
 
 
 class Dense(Layer):
@@ -44,7 +56,7 @@ class Dense(Layer):
     Raises
     ------
     ValueError
-        If w_std is not positive or b_std negative.
+        If w_std is not positive or b_std negative, or one is not 0 and beyond 1e-140 to 1e140.
 
     Notes
     -----
@@ -60,9 +72,7 @@ class Dense(Layer):
 
     def __init__(self, w_std: float | int = 1.0, b_std: float | int = 0.0, *, trainable: bool = True) -> None:
         super().__init__()
-        w, b = plain_number("w_std", w_std), plain_number("b_std", b_std)
-        check_positive("w_std", w)
-        check_positive("b_std", b, zero=True)
+        w, b = _std("w_std", w_std), _std("b_std", b_std, zero=True)
 
         def parameter(value: float) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.tensor([math.log(value)], dtype=torch.float64), requires_grad=trainable)
@@ -125,18 +135,17 @@ class Scale(Layer):
     Parameters
     ----------
     s : float
-        Positive.
+        Positive, between 1e-140 and 1e140.
 
     Raises
     ------
     ValueError
-        If s is not positive.
+        If s is out of range.
     """
 
     def __init__(self, s: float | int) -> None:
         super().__init__()
-        self.s = plain_number("s", s)
-        check_positive("s", self.s)
+        self.s = _std("s", s)
 
     def kernel(self, state: KernelState) -> KernelState:
         """See :meth:`Layer.kernel`."""

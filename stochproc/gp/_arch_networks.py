@@ -39,6 +39,9 @@ _W_STD, _B_STD = math.sqrt(2), 0.2
 def _activation(activation: str | Layer) -> Layer:
     if isinstance(activation, Layer):
         return activation
+    if not isinstance(activation, str):
+        made = " It is a class: make an object of it." if isinstance(activation, type) else ""
+        raise TypeError(f"activation must be a name or a layer; got {type(activation).__name__}.{made}")
     if activation not in _BY_NAME:
         valid = ", ".join(ACTIVATION_NAMES)
         raise ArchitectureError(f"unknown activation {activation!r}; valid: {valid}, or a layer.")
@@ -78,7 +81,7 @@ def mlp(
     ArchitectureError
         If the name of the activation is unknown.
     TypeError, ValueError
-        If depth is no integer or below 1, or a standard deviation out of range.
+        If depth is no integer or below 1, the activation neither name nor layer, or a standard deviation out of range.
 
     Examples
     --------

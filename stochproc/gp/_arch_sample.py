@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,17 +52,30 @@ class FiniteNetwork(torch.nn.Module):
 
     scale: Tensor
 
-    def __init__(self, draw: Callable[[tuple[int, ...]], tuple[torch.nn.Module, Tensor]], net: Layer) -> None:
+    def __init__(self, draw: _Draw) -> None:
         super().__init__()
-        self._draw: Callable[[tuple[int, ...]], tuple[torch.nn.Module, Tensor]] | None = draw
+        self._draw: _Draw | None = draw
         # In a tuple, so that the kernel's parameters do not become parameters of this network.
-        self._net = (net,)
+        self._net = (draw.net,)
 
-    def materialise(self, shape: tuple[int, ...]) -> FiniteNetwork:
-        """Draw the weights for inputs of this shape without the axis of points, unless that has been done."""
+    def materialise(
+        self, shape: tuple[int, ...], dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> FiniteNetwork:
+        """Draw the weights for inputs of this shape without the axis of points, unless that has been done.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            (d,), or (height, width, channels).
+        dtype : torch.dtype, default=None
+            Of the weights, unless one was asked for when the network was made; None is torch's default.
+        device : torch.device, default=None
+            None is the CPU.
+        """
         if self._draw is not None:
             self.layers, scale = self._draw(shape)
             self.register_buffer("scale", scale)
+            self.to(dtype=self._draw.dtype or dtype or torch.get_default_dtype(), device=device)
             self._draw = None
         return self
 
@@ -82,7 +95,7 @@ class FiniteNetwork(torch.nn.Module):
         if net.takes_images():
             X = as_images(net, X)
         if self._draw is not None:
-            self.materialise(tuple(X.shape[1:])).to(X)
+            self.materialise(tuple(X.shape[1:]), X.dtype, X.device)
         return self.layers(X) * self.scale.sqrt()
 
 
@@ -121,7 +134,8 @@ def sample_network(
     image_shape : (height, width, channels), default=None
         The same for networks on images; not needed if the network begins with :class:`Image`.
     dtype : torch.dtype, default=None
-        Of the weights; they are drawn in float64. None: torch's default, at a first call the dtype of the inputs.
+        Of the weights; they are drawn in float64. None: torch's default, where they are drawn at the first call that
+        of the inputs.
 
     Returns
     -------
@@ -138,8 +152,8 @@ def sample_network(
 
     Notes
     -----
-    The standard deviations are those that ``net`` has now. Dropout drops in training mode only, with torch's global
-    generator.
+    The standard deviations are those that ``net`` has now, also where the weights are drawn later. Dropout drops in
+    training mode only, with torch's global generator.
 
     Examples
     --------
@@ -151,30 +165,42 @@ def sample_network(
     """
     check_integer("width", width, 1)
     check_integer("n_outputs", n_outputs, 1)
-    generator = make_generator(seed)
     prior = None if scale_prior is None else as_scale_prior(scale_prior)
+    network = FiniteNetwork(_Draw(copy.deepcopy(net), width, prior, make_generator(seed), n_outputs, dtype))
     rows = next((layer for layer in net.modules() if isinstance(layer, Image)), None)
     if image_shape is None and rows is not None:
         image_shape = (rows.height, rows.width, rows.channels)
-
-    def draw(shape: tuple[int, ...]) -> tuple[torch.nn.Module, Tensor]:
-        net.check(shape[:-1])
-        start = _Units(shape[-1], shape[:-1], gaussian=False, centred=False)
-        layers, units = _Builder(width, generator).build(net, start, n_outputs)
-        if units.channels != n_outputs:
-            raise ArchitectureError(
-                f"the network has {units.channels} outputs where n_outputs={n_outputs} are wanted; end with Dense."
-            )
-        scale = torch.ones((), dtype=torch.float64) if prior is None else prior.sample(generator=generator).cpu()
-        return layers, scale
-
-    network = FiniteNetwork(draw, net)
     shape = image_shape if net.takes_images() else None if n_features is None else (n_features,)
     if shape is not None:
         for size in shape:
             check_integer("image_shape" if len(shape) == 3 else "n_features", size, 1)
-        network.materialise(tuple(shape)).to(dtype or torch.get_default_dtype())
+        network.materialise(tuple(shape))
     return network
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What a network is drawn from, once the shape of its inputs is known: with copies, so that it can wait."""
+
+    net: Layer
+    width: int
+    prior: ScalePrior | None
+    generator: torch.Generator
+    n_outputs: int
+    dtype: torch.dtype | None
+
+    def __call__(self, shape: tuple[int, ...]) -> tuple[torch.nn.Module, Tensor]:
+        """Return layers and scale, in float64."""
+        self.net.check(shape[:-1])
+        start = _Units(shape[-1], shape[:-1], gaussian=False, centred=False)
+        layers, units = _Builder(self.width, self.generator).build(self.net, start, self.n_outputs)
+        if units.channels != self.n_outputs:
+            raise ArchitectureError(
+                f"the network has {units.channels} outputs where n_outputs={self.n_outputs} are wanted; end with Dense."
+            )
+        if self.prior is None:
+            return layers, torch.ones((), dtype=torch.float64)
+        return layers, self.prior.sample(generator=self.generator).cpu()
 
 
 @dataclass(frozen=True)

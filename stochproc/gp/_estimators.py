@@ -15,15 +15,13 @@ from torch import Tensor
 from stochproc._base import Given, old_fit_unless_new
 from stochproc._options import DTYPES, as_device, plain_bool
 from stochproc._persistence import as_tensor
-from stochproc._random import make_generator
-from stochproc._search import Learned, default_search, warn_unless_converged
+from stochproc._search import Learned, warn_unless_converged
 from stochproc._standardise import Standardiser
-from stochproc.gp._arch_names import network_ranges
-from stochproc.gp._hyperparameters import start_period
 from stochproc.gp._large_saved import restored, saved
-from stochproc.gp._model_choice import Model, conditioned, learner_of, model_of, start_model
+from stochproc.gp._model_choice import Model, conditioned, model_of, solver_of
 from stochproc.gp._predictions import ScaleMixturePredictions
 from stochproc.gp._regressor_parameters import check_parameters, make_kernel
+from stochproc.gp._regressor_search import Counted, searched
 from stochproc.gp._regressor_warnings import check_size, warn_if_coarse, warn_if_constant
 from stochproc.gp._scale_importance import with_drawn_scale
 from stochproc.gp._scale_posterior import ScalePosterior
@@ -84,8 +82,8 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
         Number of draws of the scale with ``inference="importance"``, 25 or more.
     solver : {"auto", "cholesky", "cg"} or CG, default="auto"
         "cholesky" factors the kernel matrix. "cg" never forms it: conjugate gradients to a relative residual of 1e-6,
-        or as a ``CG`` object says, see ``LargeScaleMixtureGP``. "auto" is "cg" from 5001 rows on; independent noise is
-        always factored.
+        or as a ``CG`` object says, see ``LargeScaleMixtureGP``. "auto" is "cg" from 5001 rows on, or from fewer where
+        16 matrices of that size exceed the memory of the machine; independent noise is always factored.
     hyper_subset : int or None, default=2000
         With "cg": learn kernel, noise and shape of the prior by Cholesky factors of so many random rows, then set mean
         and scale, and condition, with all rows. None learns from all of them by stochastic gradients, whose optimum
@@ -124,7 +122,7 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
     converged_ : bool
         Whether the search, with ``optimizer=None`` true, and a solve by conjugate gradients met their tolerances.
     n_iter_ : int
-        Iterations of the search.
+        Iterations of the search, those before an interruption too.
     optimizer_result_ : Result or None
         What the search reported.
     n_features_in_ : int
@@ -237,7 +235,7 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
             If the final factor needed jitter, with the amount, or if the noise is below 1e-5 of the kernel's diagonal
             in float32.
         DataWarning
-            If y does not vary.
+            If y does not vary, or not in the rows that ``hyper_subset`` drew.
 
         Notes
         -----
@@ -279,20 +277,12 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
             n_outputs=targets.shape[1],
         ).to(device)
         shaped = targets[:, 0] if single else targets
-        learned = Learned(None, True, 0)
+        counted = Counted(callback)
         try:
-            if self.optimizer is not None:
-                named_periodic = isinstance(self.kernel, str) and self.kernel == "periodic"
-                ranges = network_ranges(model.kernel)
-                if named_periodic:
-                    ranges |= start_period(start_model(model, targets), inputs, targets)
-                search = default_search(1) if self.optimizer == "lbfgs" else self.optimizer
-                generator = make_generator(0 if self.random_state is None else self.random_state)
-                find = learner_of(self, model, len(inputs))
-                learned = find(model, inputs, targets, search, generator, callback, self.verbose, ranges)
+            learned = searched(self, model, inputs, targets, counted)
         except KeyboardInterrupt:
             # The search has put its best point back; leave a usable estimator behind.
-            self._condition(model, inputs, shaped, maps, given, Learned(None, False, 0))
+            self._condition(model, inputs, shaped, maps, given, Learned(None, False, counted.n_iter))
             raise
         self._condition(model, inputs, shaped, maps, given, learned)
         warn_if_coarse(self)
@@ -326,7 +316,9 @@ class ScaleMixtureGPRegressor(ScaleMixturePredictions, RegressorMixin, BaseEstim
             evidence = posterior.log_marginal_likelihood - len(targets) * unit.log().sum().item()
 
         self.posterior_ = posterior
-        self._options = [getattr(options, name) for name in _OF_THE_FIT]
+        # Whatever "auto" would be on the machine that loads a file.
+        used = {"solver": solver_of(options, posterior)}
+        self._options = [used.get(name, getattr(options, name)) for name in _OF_THE_FIT]
         self._given = given
         self._x_map, self._y_map = maps
         self._single_output = targets.ndim == 1

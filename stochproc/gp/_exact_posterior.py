@@ -75,7 +75,7 @@ class ExactPosterior(Posterior):
         Tensor of shape (m,) or (m, C)
             Mean where it exists, median always. Differentiable in ``X``.
         """
-        return self._shape(torch.cat([self.kernel(rows, self.X) @ self.alpha for rows in self._blocks(X)]))
+        return self._shape(torch.cat([self._cross(rows) @ self.alpha for rows in self._blocks(X)]))
 
     def variance(self, X: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         """Return the variance of the latent function before the scale; no covariance of new points is formed.
@@ -96,7 +96,7 @@ class ExactPosterior(Posterior):
             If a variance is below -10 eps k(x, x): the factor is then too ill-conditioned for it, and 0 is
             returned.
         """
-        return self._positive([self._variance_block(rows, self.kernel(rows, self.X)) for rows in self._blocks(X)])
+        return self._positive([self._variance_block(rows, self._cross(rows)) for rows in self._blocks(X)])
 
     def predict(self, X: Float[Tensor, "m d"]) -> tuple[Float[Tensor, "m *outputs"], Float[Tensor, " m"]]:
         """Return ``mean`` and ``variance`` at new inputs, sharing the cross-covariance.
@@ -108,7 +108,7 @@ class ExactPosterior(Posterior):
         """
         means, variances = [], []
         for rows in self._blocks(X):
-            cross = self.kernel(rows, self.X)
+            cross = self._cross(rows)
             means.append(cross @ self.alpha)
             variances.append(self._variance_block(rows, cross))
         return self._shape(torch.cat(means)), self._positive(variances)
@@ -121,7 +121,7 @@ class ExactPosterior(Posterior):
         X : Tensor of shape (m, d)
             New inputs.
         """
-        half = self._whiten(self.kernel(X, self.X))
+        half = self._whiten(self._cross(X))
         total = self.kernel(X, X) - half @ half.mT
         # One triangle decides, so that the result is symmetric to the last bit.
         return total.tril() + total.tril(-1).mT

@@ -14,17 +14,17 @@ from stochproc._search import KERNEL_RANGE, Learned, bounds_around, is_log, sear
 from stochproc.exceptions import NotPositiveDefiniteError
 from stochproc.gp._approach import approach
 from stochproc.gp._exact import ScaleMixtureGP
+from stochproc.gp._prior_bounds import free_numbers
 from stochproc.gp._process import ScaleMixtureProcess
+from stochproc.gp._scale_base import ScalePrior
 from stochproc.gp._starts import best_of_starts
 from stochproc.solvers import LBFGS, Result, Status
 
-__all__ = ["NOISE_CEILING", "NOISE_FLOOR", "TAIL_RANGE", "free_mean", "learn", "start_period", "varies_from_mean"]
+__all__ = ["NOISE_CEILING", "NOISE_FLOOR", "free_mean", "learn", "start_period", "varies_from_mean"]
 
 # Below these shares of the signal the noise cannot be told from rounding of the kernel matrix.
 NOISE_FLOOR = {torch.float64: 1e-8, torch.float32: 1e-5}
 NOISE_CEILING = 1e5
-# With one data set the tail of a process-wide scale is only weakly identified (spec/gp_scale_mixture 10).
-TAIL_RANGE = (0.5, 1e3)
 # Frequencies that a periodic kernel without a given period is started from, and rows to compare them on.
 _HALF_CYCLES = 40
 _ROWS_OF_PERIODS = 500
@@ -93,26 +93,45 @@ def learn(
             raise
     _fit_mean_and_scale(model, X, y)
 
-    name = model.scale_prior.scale_name if model.scale_prior.has_scale else None
-    prior = [(n, p) for n, p in model.scale_prior.named_parameters() if p.requires_grad]
-    extra = [p for n, p in prior if name is None or n not in (name, f"log_{name}")]
-    if (name is None or extra) and (result is None or result.status != "stopped"):
-        parameters += [p for _, p in prior]
-        bounds += [bounds_around(p, TAIL_RANGE) if n == "log_a" else None for n, p in prior]
-        with free_mean(model, y) as (shift, shifted):
-            parameters += shift
-            bounds += [None] * len(shift)
-            if parameters:
-                result = LBFGS(search.max_iter, search.tol, search.memory)(
-                    lambda: -model.log_marginal_likelihood(X, shifted()),
-                    parameters,
-                    bounds,
-                    callback=callback,
-                    verbose=verbose,
-                    eps=lambda: model.rounding(X),
-                )
-                iterations += result.convergence.iterations
-    return Learned(result, result is None or result.ok, iterations)
+    if not _has_more(model.scale_prior) or (result is not None and result.status is Status.STOPPED):
+        return Learned(result, result is None or result.ok, iterations)
+    for _, p, limits in free_numbers(model.scale_prior):
+        parameters.append(p)
+        bounds.append(limits)
+    joint = _search_jointly(model, X, y, search, parameters, bounds, callback, verbose)
+    if joint is None:
+        return Learned(None, True, iterations)
+    return Learned(joint, joint.ok, iterations + joint.convergence.iterations)
+
+
+def _has_more(prior: ScalePrior) -> bool:
+    """Whether a prior has more to learn than its scale parameter, or evidence in which that is not profiled out."""
+    name = prior.scale_name if prior.has_scale else None
+    return name is None or any(n not in (name, f"log_{name}") for n, _, _ in free_numbers(prior))
+
+
+def _search_jointly(
+    model: ScaleMixtureGP,
+    X: Tensor,
+    y: Tensor,
+    search: LBFGS,
+    parameters: list[Tensor],
+    bounds: list[Any],
+    callback: Callable[[Any], Any] | None,
+    verbose: int,
+) -> Result[float] | None:
+    """Maximise the evidence itself over the parameters and the mean; None if there are none."""
+    with free_mean(model, y) as (shift, shifted):
+        if not parameters and not shift:
+            return None
+        return LBFGS(search.max_iter, search.tol, search.memory)(
+            lambda: -model.log_marginal_likelihood(X, shifted()),
+            [*parameters, *shift],
+            [*bounds, *[None] * len(shift)],
+            callback=callback,
+            verbose=verbose,
+            eps=lambda: model.rounding(X),
+        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from stochproc._checks import check_integer, check_same_kind
 from stochproc._warnings import warn_caller
 from stochproc.exceptions import NumericalWarning
+from stochproc.gp._cross import cross_covariance
 from stochproc.gp._independent_predictive import MixturePredictive
 from stochproc.gp._independent_scale import GivenScale, gaussian_log_density, is_negligible_at_ends
 from stochproc.gp._independent_spectrum import ScaleDensity, SpectralLikelihood
@@ -111,7 +112,8 @@ class IndependentPosterior:
         log_s, log_weights = self.nodes
         gain = log_weights.exp() @ self.likelihood.gains(log_s)
         alpha = self.vectors @ (gain[:, None] * self.rotated).to(self.vectors)
-        return self._shape(torch.cat([self.kernel(rows, self.X) @ alpha for rows in self._blocks(X)]) + self.constant)
+        blocks = [cross_covariance(self.kernel, rows, self.X) @ alpha for rows in self._blocks(X)]
+        return self._shape(torch.cat(blocks) + self.constant)
 
     def variance(self, X: Float[Tensor, "m d"], *, noise: bool = False) -> Float[Tensor, "m *outputs"]:
         """Return the variance at new inputs, the scale averaged over; no covariance of new points is formed.
@@ -151,7 +153,7 @@ class IndependentPosterior:
     def rotate(self, X: Float[Tensor, "m d"]) -> tuple[Float[Tensor, "m n"], Float[Tensor, " m"]]:
         """Return the rotated cross-covariances q and the prior variances of new rows, m n² operations."""
         prior = self.kernel.diag(X).to(torch.float64)
-        rotated = (self.kernel(X, self.X) @ self.vectors).to(torch.float64)
+        rotated = (cross_covariance(self.kernel, X, self.X) @ self.vectors).to(torch.float64)
         # Of a positive semi-definite joint covariance; beyond it there is only rounding.
         bound = (prior.detach().clamp(min=0)[:, None] * self.likelihood.values).sqrt()
         return rotated.clamp(min=-bound, max=bound), prior

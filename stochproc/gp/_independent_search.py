@@ -11,8 +11,9 @@ from torch import Tensor
 
 from stochproc._search import KERNEL_RANGE, Learned, bounds_around, is_log, search_twice
 from stochproc.gp._exact import ScaleMixtureGP
-from stochproc.gp._hyperparameters import NOISE_CEILING, NOISE_FLOOR, TAIL_RANGE, free_mean, learn
+from stochproc.gp._hyperparameters import NOISE_CEILING, NOISE_FLOOR, free_mean, learn
 from stochproc.gp._independent import IndependentNoiseGP
+from stochproc.gp._prior_bounds import free_numbers
 from stochproc.gp._scale_fit import fit_scale
 from stochproc.gp._scale_priors import Delta
 from stochproc.solvers import LBFGS, Status
@@ -120,13 +121,11 @@ def _variables(
     if model.log_noise.requires_grad:
         parameters.append(model.log_noise)
         bounds.append(bounds_around(model.log_noise, (NOISE_FLOOR[X.dtype] * scale, NOISE_CEILING * scale)))
-    for name, p in prior.named_parameters():
-        if not p.requires_grad:
-            continue
+    for name, p, limits in free_numbers(prior):
         parameters.append(p)
         if prior.has_scale and name in (f"log_{prior.scale_name}", prior.scale_name) and is_log(name):
             width = [prior.scale_power * math.log(end) for end in _SCALE_RANGE]
             bounds.append((p.detach() + min(width), p.detach() + max(width)))
         else:
-            bounds.append(bounds_around(p, TAIL_RANGE) if name == "log_a" else None)
+            bounds.append(limits)
     return parameters, bounds

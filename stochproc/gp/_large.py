@@ -48,7 +48,8 @@ class LargeScaleMixtureGP(ScaleMixtureGP):
     solver : CG, default=CG()
         ``rtol`` (1e-6) bounds the residual of :math:`K_n \alpha = y - m` relative to its right-hand side, and the
         relative error of predictive variances; ``max_iter`` is the budget of each solve. ``precond="auto"`` is
-        ``PivotedCholesky(rank=100)``; None, ``Nystrom`` and ``Jacobi`` work too.
+        ``PivotedCholesky(rank=100)``; None, ``Nystrom`` and ``Jacobi`` work too. Their diagonal is at least a tenth of
+        the mean of what the low rank leaves of the kernel's.
     logdet : LanczosLogdet, default=LanczosLogdet()
         Probes, steps and seed of the log determinant and its gradient.
 
@@ -66,7 +67,8 @@ class LargeScaleMixtureGP(ScaleMixtureGP):
     standard error of the log determinant: some nats with the defaults. Equal probes give a search a deterministic
     function, whose gradient is unbiased but not exactly its own: a search ends where the two part, some tenths of a
     nat from the optimum in our tests. Float32
-    data are solved by float32 products, corrected by float64 ones.
+    data are solved by float32 products, corrected by float64 ones. A loss whose solve ended above its tolerance is
+    silent, as it is called in searches; ``condition`` warns.
 
     References
     ----------
@@ -102,7 +104,9 @@ class LargeScaleMixtureGP(ScaleMixtureGP):
         if not isinstance(logdet, (LanczosLogdet, type(None))):
             raise TypeError(f"logdet must be a LanczosLogdet object; got {type(logdet).__name__}.")
         self.logdet = LanczosLogdet() if logdet is None else logdet
+        # The last solution of fit_mean_and_scale, and why it ended early, if it did.
         self._alpha: Tensor | None = None
+        self._short = ""
         self._loss = 0.0
 
     def exact(self) -> ScaleMixtureGP:
@@ -150,7 +154,8 @@ class LargeScaleMixtureGP(ScaleMixtureGP):
     ) -> None:
         """Set constant mean and scale parameter of the prior to their optimum for the current kernel and noise.
 
-        The mean is the generalised least squares one, one more column of the same solve.
+        The mean is the generalised least squares one, one more column of the same solve. If that ends above its
+        tolerance, ``condition`` says so.
 
         Parameters
         ----------
@@ -181,7 +186,8 @@ class LargeScaleMixtureGP(ScaleMixtureGP):
         if self.scale_prior.has_scale:
             fit_scale(self.scale_prior, targets.numel(), _quad(b, alpha, r))
         # What follows is most likely conditioning on the same data, which is then solved already.
-        self._alpha = alpha
+        sets = self._learns_mean() or self.scale_prior.has_scale
+        self._alpha, self._short = alpha, solution.message if sets and not solution.ok else ""
 
     @torch.no_grad()
     def condition(  # type: ignore[override]  # another posterior, with the same methods
@@ -210,19 +216,22 @@ class LargeScaleMixtureGP(ScaleMixtureGP):
         Warns
         -----
         sklearn.exceptions.ConvergenceWarning
-            If the budget ended, or rounding stopped the solve, above the tolerance; with the residual reached.
+            If the budget ended, or rounding stopped the solve, above the tolerance; with the residual reached. The same
+            of the solve of a ``fit_mean_and_scale`` before.
         NumericalWarning
             If the log determinant has an error beyond its standard error.
         """
         targets = self._check_data(X, y)
         system = KernelSystem(self.kernel, X, self.noise.detach(), self.solver)
         residual = self._residual(targets).double()
-        start = self._alpha if self._alpha is not None and self._alpha.shape == residual.shape else None
+        start = self._alpha
+        if start is not None and (start.shape, start.device) != (residual.shape, residual.device):
+            start = None
         solution = system.solve(residual, start=start, progress=progress)
         if not solution.ok:
-            from sklearn.exceptions import ConvergenceWarning
-
-            warn_caller(f"the solve with kernel matrix plus noise: {solution.message}.", ConvergenceWarning)
+            _warn_of_solve("the solve with kernel matrix plus noise", solution.message)
+        elif self._short:
+            _warn_of_solve("the solve that set mean and scale", self._short)
         quad = _quad(residual, solution.x, solution.residual)
         if quad.item() <= 0:
             # As in the exact model: known to rounding, not to more.
@@ -244,7 +253,7 @@ class LargeScaleMixtureGP(ScaleMixtureGP):
             solver=self.solver,
             log_marginal_likelihood=evidence.item() - half * logdet.value.value.item(),
             log_marginal_likelihood_stderr=half * logdet.value.stderr.item(),
-            converged=solution.ok,
+            converged=solution.ok and not self._short,
             residual=solution.relative_residual,
         )
 
@@ -290,6 +299,12 @@ class LargeScaleMixtureGP(ScaleMixtureGP):
 def _quad(b: Tensor, x: Tensor, r: Tensor) -> Float[Tensor, ""]:
     """S = bᵀ A⁻¹ b less rᵀ A⁻¹ r: the error is of second order in the residual."""
     return (x * (b + r)).sum()
+
+
+def _warn_of_solve(which: str, message: str) -> None:
+    from sklearn.exceptions import ConvergenceWarning
+
+    warn_caller(f"{which}: {message}.", ConvergenceWarning)
 
 
 def _warn_of_logdet(logdet: Result[Estimate]) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from stochproc._search import Learned
+from stochproc._warnings import warn_caller
+from stochproc.exceptions import DataWarning
 from stochproc.gp._hyperparameters import learn, varies_from_mean
 from stochproc.gp._large import LargeScaleMixtureGP
 from stochproc.solvers import LBFGS, Status
@@ -42,6 +44,12 @@ def learn_from_rows(
     exact = model.exact()
     if subset is not None:
         rows = _some_rows(n, subset, generator)
+        if not varies_from_mean(exact, y[rows]) and varies_from_mean(model, y):
+            warn_caller(
+                f"the {len(rows)} rows drawn from {n} have one target; kernel and noise are kept as given. A larger "
+                "hyper_subset would have more.",
+                DataWarning,
+            )
         learned = learn(exact, X[rows], y[rows], search, generator, callback, verbose, ranges, n_starts)
         _fit_mean_and_scale(model, X, y, verbose)
         return learned

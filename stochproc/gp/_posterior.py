@@ -11,6 +11,7 @@ from torch import Tensor
 from stochproc._checks import check_same_kind
 from stochproc._warnings import warn_caller
 from stochproc.exceptions import NumericalWarning
+from stochproc.gp._cross import cross_covariance
 from stochproc.gp._predictive import Predictive
 from stochproc.gp._scale_base import ScalePrior
 from stochproc.gp._scale_evidence import log_evidence
@@ -111,6 +112,9 @@ class Posterior:
         joint = log_evidence(self.scale_prior, n_obs, quad)
         without = log_evidence(self.scale_prior, n_obs - n_outputs, rest)
         return (joint - without + n_outputs / 2 * precision.log()).to(self.X.dtype)
+
+    def _cross(self, X: Float[Tensor, "m d"]) -> Float[Tensor, "m n"]:
+        return cross_covariance(self.kernel, X, self.X)
 
     def _check_rows(self, X: Tensor) -> None:
         check_same_kind(X=X, X_train=self.X)

@@ -6,8 +6,11 @@ import copy
 import math
 from typing import Any
 
+import torch
+
 from stochproc._checks import check_choice, check_integer, check_positive
 from stochproc._options import DTYPES, check_options, plain_bool
+from stochproc._random import make_generator
 from stochproc.gp._arch_kernel import NetworkKernel
 from stochproc.gp._arch_names import kernel_of_network
 from stochproc.gp._large_system import check_cg
@@ -15,7 +18,7 @@ from stochproc.gp._scale_importance import LEAST_SAMPLES
 from stochproc.kernels import Kernel, Periodic, Radial, Scale, as_kernel
 from stochproc.solvers import CG
 
-__all__ = ["check_parameters", "make_kernel"]
+__all__ = ["check_parameters", "check_random_state", "make_kernel"]
 
 
 def check_parameters(estimator: Any) -> None:
@@ -30,6 +33,12 @@ def check_parameters(estimator: Any) -> None:
     check_choice("dtype", estimator.dtype, tuple(DTYPES))
     _check_solver(estimator)
     check_positive("noise", estimator.noise, zero=True)
+    check_random_state(estimator.random_state)
+
+
+def check_random_state(value: Any) -> None:
+    """Raise TypeError or ValueError unless a generator can be made of the value; its own state does not move on."""
+    make_generator(value if isinstance(value, torch.Generator) else copy.deepcopy(value))
 
 
 def _check_solver(estimator: Any) -> None:

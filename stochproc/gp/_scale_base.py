@@ -69,6 +69,9 @@ class ScalePrior(torch.nn.Module):
     scale_power : float
         The power: if s has this prior with t, then c s has it with c^scale_power t. 1 unless t scales sigma
         (1/2).
+    search_ranges : dict
+        Ranges in which fits move shape parameters that are not frozen, by the name of the parameter; of a logarithm,
+        those of the number itself. A value given outside widens them.
 
     Notes
     -----
@@ -91,6 +94,8 @@ class ScalePrior(torch.nn.Module):
 
     scale_name: ClassVar["str | None"] = None
     scale_power: ClassVar["float | int"] = 1
+
+    search_ranges: ClassVar[dict[str, tuple[float, float]]] = {}
 
     # How the posterior is formed: "point", "inverse_gamma" and "gig" in closed form, "mixture" from its
     # components, None by quadrature.

@@ -10,7 +10,7 @@ from torch import Tensor
 from stochproc._checks import check_integer
 from stochproc._warnings import warn_caller
 from stochproc.exceptions import DataWarning
-from stochproc.gp._scale_base import ScalePrior
+from stochproc.gp._scale_base import ScalePrior, plain_number
 from stochproc.gp._scale_evidence import log_evidence
 
 __all__ = ["fit_scale"]
@@ -19,6 +19,8 @@ SCAN_POINTS = 65
 # Only where the density of log s is within this of its maximum, in nats, can the maximum lie.
 SCAN_DEPTH = 10.0
 SCAN_MARGIN = 6.0
+# Largest |log s| of the scan; S is n_obs times as large, and its gradient must fit too.
+SCAN_REACH = 290 * math.log(10)
 
 
 def fit_scale(prior: ScalePrior, n_obs: int, quad: Float[Tensor, ""]) -> None:
@@ -37,6 +39,8 @@ def fit_scale(prior: ScalePrior, n_obs: int, quad: Float[Tensor, ""]) -> None:
     ------
     TypeError
         If the prior declares no scale parameter.
+    ValueError
+        If the current scale parameter puts the mass of s outside 1e-290 to 1e290.
 
     Warns
     -----
@@ -114,4 +118,12 @@ def _scan_points(prior: ScalePrior, n_obs: int) -> Tensor:
         torch.linspace(low - margin, high + margin, SCAN_POINTS, dtype=torch.float64, device=device)
         for low, high in parts
     ]
-    return torch.cat(grids).unique()
+    points = torch.cat(grids).unique()
+    if not bool((points.abs() <= SCAN_REACH).all()):
+        worst = points[points.abs().argmax()].item() / math.log(10)
+        number = plain_number(str(prior.scale_name), getattr(prior, str(prior.scale_name)))
+        raise ValueError(
+            f"{prior.scale_name} of {type(prior).__name__} must put the mass of s within 1e-290 and 1e290, so that a "
+            f"search for the best one can start there; got {number:.6g}, with mass at s = 1e{worst:.0f}."
+        )
+    return points

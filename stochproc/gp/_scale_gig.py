@@ -1,6 +1,7 @@
 """The generalised inverse Gaussian prior of the scale, conjugate as the inverse gamma is, and its integrals."""
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class GIG(ClosedFormPrior):
     omega = PositiveNumber(learned=False, doc="Concentration, sqrt(a b).")
     scale = PositiveNumber(learned=True, doc="Scale of s, sqrt(b/a).")
     scale_name = "scale"
+    search_ranges: ClassVar[dict[str, tuple[float, float]]] = {"log_omega": (1e-3, 1e3), "p": (-1e3, 1e3)}
     log_omega: Tensor
     log_scale: Tensor
     _conjugate = "gig"

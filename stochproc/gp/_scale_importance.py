@@ -158,7 +158,13 @@ def importance_posterior(
         log_s = quad.new_tensor([math.log(prior.mean)])
         exact = log_evidence(prior, n_obs, quad).item()
         return ImportanceScale(n_obs, quad, log_s, torch.zeros_like(log_s), exact, 0.0, n_samples, -math.inf, math.inf)
+    return _drawn(prior, n_obs, quad, n_samples, generator)
 
+
+def _drawn(
+    prior: ScalePrior, n_obs: int, quad: Tensor, n_samples: int, generator: "torch.Generator | None"
+) -> ImportanceScale:
+    """Draw from the proposal, weigh the draws, and say how good they are."""
     shape, mode = _proposal(prior, n_obs, quad)
     device = "cpu" if generator is None else generator.device
     draws = torch.rand(n_samples, dtype=torch.float64, device=device, generator=generator)

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,7 @@ class Mixture(ScalePrior):
 
     scale = PositiveNumber(learned=True, doc="Common scale of the components.")
     scale_name = "scale"
+    search_ranges: ClassVar[dict[str, tuple[float, float]]] = {"log_weights": (1e-12, 1e12)}
     log_scale: Tensor
     _conjugate = "mixture"
 

@@ -1,7 +1,7 @@
 """The priors of the scale s = sigma² that come with the library, and how to name them."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -100,6 +100,7 @@ class InverseGamma(ClosedFormPrior):
     a = PositiveNumber(learned=False, doc="Shape; half the degrees of freedom.")
     b = PositiveNumber(learned=True, doc="Scale of s.")
     scale_name = "b"
+    search_ranges: ClassVar[dict[str, tuple[float, float]]] = {"log_a": (0.5, 1e3)}
     _conjugate = "inverse_gamma"
 
     def __init__(self, a: "float | int" = 2.0, b: "float | int" = 2.0) -> None:
@@ -151,6 +152,7 @@ class BurrXII(ClosedFormPrior):
     d = PositiveNumber(learned=False, doc="Shape of the tail.")
     scale = PositiveNumber(learned=True, doc="Scale of s.")
     scale_name = "scale"
+    search_ranges: ClassVar[dict[str, tuple[float, float]]] = {"log_c": (0.1, 50.0), "log_d": (0.1, 1e3)}
 
     def __init__(self, c: "float | int" = 2.0, d: "float | int" = 1.0, scale: "float | int" = 1.0) -> None:
         super().__init__()

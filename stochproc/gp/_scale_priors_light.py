@@ -1,6 +1,7 @@
 """Priors of the scale whose tail falls faster than any power: log-normal and gamma."""
 
 import math
+from typing import ClassVar
 
 import torch
 from scipy import special
@@ -32,6 +33,7 @@ class LogNormal(ClosedFormPrior):
     median = PositiveNumber(learned=True, doc="Median of s, exp(m).")
     v = PositiveNumber(learned=False, doc="Variance of log s.")
     scale_name = "median"
+    search_ranges: ClassVar[dict[str, tuple[float, float]]] = {"log_v": (1e-3, 1e2)}
     log_median: Tensor
 
     def __init__(self, m: "float | int" = 0.0, v: "float | int" = 1.0) -> None:
@@ -98,6 +100,7 @@ class Gamma(ClosedFormPrior):
     a = PositiveNumber(learned=False, doc="Shape.")
     b = PositiveNumber(learned=True, doc="Rate, one over a scale of s.")
     scale_name = "b"
+    search_ranges: ClassVar[dict[str, tuple[float, float]]] = {"log_a": (0.5, 1e3)}
     scale_power = -1
 
     def __init__(self, a: "float | int" = 1.0, b: "float | int" = 1.0) -> None:

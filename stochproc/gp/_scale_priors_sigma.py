@@ -1,6 +1,7 @@
 """Priors of the scale s = sigma² that are known as laws of sigma: half-normal and half-Student-t."""
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -75,6 +76,7 @@ class HalfStudentT(ClosedFormPrior):
     df = PositiveNumber(learned=False, doc="Degrees of freedom of sigma.")
     t = PositiveNumber(learned=True, doc="Scale of sigma.")
     scale_name = "t"
+    search_ranges: ClassVar[dict[str, tuple[float, float]]] = {"log_df": (1.0, 2e3)}
     scale_power = 0.5
 
     def __init__(self, df: "float | int" = 3.0, t: "float | int" = 1.0) -> None:

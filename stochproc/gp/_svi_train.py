@@ -75,6 +75,56 @@ class _Plateau:
         return True
 
 
+class _Ascent:
+    """Steps of Adam up the bound, taken back to the last good parameters, and halved, where one went too far."""
+
+    def __init__(self, model: ScaleMixtureSVGP, step: float) -> None:
+        self.model, self.failures = model, 0
+        self.adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=step, fused=True)
+        self.keep()
+
+    def keep(self) -> None:
+        """Take the parameters of now as good ones."""
+        self.good = _copy(self.model)
+
+    def halve(self) -> None:
+        """Halve the step."""
+        for group in self.adam.param_groups:
+            group["lr"] /= 2
+
+    def epoch(
+        self,
+        X: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
+        batch_size: int,
+        n_samples: int,
+        generator: torch.Generator,
+    ) -> float:
+        """Go through all rows once; return the mean bound a row, NaN if it could not be evaluated at all."""
+        mass = len(X) if weight is None else weight.sum().item()
+        total, seen = 0.0, 0
+        for rows in torch.randperm(len(X), generator=generator).to(X.device).split(batch_size):
+            self.adam.zero_grad()
+            part = None if weight is None else weight[rows]
+            bound = _bound(self.model, X[rows], y[rows], part, len(X), n_samples, generator)
+            if bound is None:
+                self._step_back()
+                if self.failures > _FAILURES:
+                    break
+                continue
+            (bound / -mass).backward()
+            self.adam.step()
+            total, seen = total + bound.item() / mass * len(rows), seen + len(rows)
+        return total / seen if seen else math.nan
+
+    def _step_back(self) -> None:
+        self.failures += 1
+        self.model.load_state_dict(self.good)
+        self.adam.state.clear()
+        self.halve()
+
+
 @torch.no_grad()
 def start(
     model: ScaleMixtureSVGP,
@@ -157,34 +207,17 @@ def train(
     NotPositiveDefiniteError
         If the model cannot be evaluated at the parameters where it starts.
     """
-    n, batch_size = len(X), min(batch_size, len(X))
-    mass = n if weight is None else weight.sum().item()
-    batches = math.ceil(n / batch_size)
+    batch_size = min(batch_size, len(X))
+    batches = math.ceil(len(X) / batch_size)
     epochs = max(_EPOCHS, math.ceil(_STEPS / batches)) if max_epochs is None else max_epochs
     window = math.ceil(_WINDOW_STEPS / batches)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    adam = torch.optim.Adam(parameters, lr=float(learning_rate), fused=True)
-    plateau, good, failures = _Plateau(float(tol)), _copy(model), 0
+    plateau, ascent = _Plateau(float(tol)), _Ascent(model, float(learning_rate))
     with _bar(epochs, verbose) as bar:
         for epoch in range(1, epochs + 1):
-            total, seen = 0.0, 0
-            for rows in torch.randperm(n, generator=generator).to(X.device).split(batch_size):
-                adam.zero_grad()
-                part = None if weight is None else weight[rows]
-                bound = _bound(model, X[rows], y[rows], part, n, n_samples, generator)
-                if bound is None:
-                    failures += 1
-                    model.load_state_dict(good)
-                    adam.state.clear()
-                    _halve(adam)
-                    if failures > _FAILURES:
-                        progress.message = "the bound could not be evaluated, again and again, however short the step"
-                        return
-                    continue
-                (bound / -mass).backward()
-                adam.step()
-                total, seen = total + bound.item() / mass * len(rows), seen + len(rows)
-            total = total / seen if seen else math.nan
+            total = ascent.epoch(X, y, weight, batch_size, n_samples, generator)
+            if ascent.failures > _FAILURES:
+                progress.message = "the bound could not be evaluated, again and again, however short the step"
+                return
             progress.history.append(total)
             bar.update(1)
             bar.set_postfix_str(f"bound a row {total:.4f}")
@@ -194,13 +227,13 @@ def train(
             if epoch % window:
                 continue
             if plateau.improved(sum(progress.history[-window:]) / window):
-                good = _copy(model)
+                ascent.keep()
             if plateau.halve():
                 if plateau.halvings > _HALVINGS:
                     progress.converged = True
                     progress.message = "the bound stopped growing"
                     return
-                _halve(adam)
+                ascent.halve()
     progress.message = f"the bound still grew after {epochs} epochs. Pass a larger max_epochs or tol"
 
 
@@ -218,11 +251,6 @@ def _bound(
 
 def _copy(model: ScaleMixtureSVGP) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def _halve(adam: torch.optim.Adam) -> None:
-    for group in adam.param_groups:
-        group["lr"] /= 2
 
 
 def _bar(total: int, verbose: int) -> Any:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stochproc._checks import check_choice, check_finite, check_integer, check_same_kind
+from stochproc.gp._cross import as_other_points, cross_covariance
 from stochproc.gp._independent_predictive import MixturePredictive
 from stochproc.gp._predictive import Predictive
 from stochproc.gp._scale_base import ScalePrior
@@ -74,7 +75,7 @@ class TrainedLaw:
             training does not depend on the scale, and the mean of the means given s otherwise.
         """
         kernel = self.net.nngp if self.solution.factor is None else self.net.ntk
-        return self._shape(torch.cat([kernel(rows, self.X) @ self.alpha for rows in self._blocks(X)]))
+        return self._shape(torch.cat([cross_covariance(kernel, rows, self.X) @ self.alpha for rows in self._blocks(X)]))
 
     def variance(self, X: Float[Tensor, "m *point"]) -> Float[Tensor, "m *outputs"]:
         """Return the variance of the trained outputs over networks and scales, without their covariances.
@@ -264,8 +265,9 @@ class TrainedLaw:
 
     def _rows(self, x: Tensor) -> Rows:
         if self.solution.factor is None:
-            return self.solution.rows(self.net.nngp(x, self.X))
-        return self.solution.rows(*self.net.nngp_ntk(x, self.X))
+            return self.solution.rows(cross_covariance(self.net.nngp, x, self.X))
+        kernels = self.net.nngp_ntk(as_other_points(x, self.X), self.X)
+        return self.solution.rows(*(kernel[: len(x)] for kernel in kernels))
 
     def _shape(self, value: Tensor) -> Tensor:
         return value[:, 0] if self.single_output else value
@@ -341,24 +343,32 @@ def trained_law(
     (tensor([...e-1...], dtype=torch.float64), 4.0)
     """
     check_choice("train", train, ("all", "readout"))
-    check_same_kind(X=X, y=y)
-    if X.ndim < 2 or not len(X):
-        raise ValueError(f"X must have shape (n, d) with n >= 1; got {tuple(X.shape)}.")
-    if y.ndim not in (1, 2) or len(y) != len(X):
-        raise ValueError(f"y must have shape ({len(X)},) or ({len(X)}, C); got {tuple(y.shape)}.")
-    check_finite("X", X)
+    _check_data(X, y)
     prior = copy.deepcopy(as_scale_prior(scale_prior)).requires_grad_(False)
     net = copy.deepcopy(net).requires_grad_(False)
     with torch.no_grad():
         kernel, tangent = net.nngp_ntk(X) if train == "all" else (net.nngp(X), None)
         solution = FlowSolution.of(GradientFlow() if flow is None else flow, kernel, tangent, y)
         scale: Any = law_of_scale(prior, by_scale=solution.flow.depends_on_scale, device=X.device)
-        if isinstance(scale, PointScale):
-            weights = solution.weights(X.new_tensor([scale.value]))[0]
-        elif solution.flow.depends_on_scale:
-            # The mean is linear in the weights, so that their average over the scales gives it.
-            weights = scale.log_weights.exp().to(X) @ solution.weights(scale.log_s.exp())
-        else:
-            weights = solution.weights()
+        weights = _mean_weights(solution, scale, X)
         alpha = solution.eigenvectors @ (weights.unsqueeze(-1) * solution.targets)
     return TrainedLaw(net, X.clone(), solution, alpha, scale, prior, y.ndim == 1)
+
+
+def _check_data(X: Tensor, y: Tensor) -> None:
+    check_same_kind(X=X, y=y)
+    if X.ndim < 2 or not len(X):
+        raise ValueError(f"X must have shape (n, d) with n >= 1; got {tuple(X.shape)}.")
+    if y.ndim not in (1, 2) or len(y) != len(X):
+        raise ValueError(f"y must have shape ({len(X)},) or ({len(X)}, C); got {tuple(y.shape)}.")
+    check_finite("X", X)
+
+
+def _mean_weights(solution: FlowSolution, scale: Any, like: Tensor) -> Tensor:
+    """Return the weights of the eigenvectors in the mean of the trained networks over their scales."""
+    if isinstance(scale, PointScale):
+        return solution.weights(like.new_tensor([scale.value]))[0]
+    if solution.flow.depends_on_scale:
+        # The mean is linear in the weights, so that their average over the scales gives it.
+        return scale.log_weights.exp().to(like) @ solution.weights(scale.log_s.exp())
+    return solution.weights()

@@ -20,6 +20,7 @@ from stochproc._standardise import Standardiser, varies, within_range
 from stochproc._warnings import warn_caller
 from stochproc.exceptions import DataWarning
 from stochproc.gp._predictions import ScaleMixturePredictions
+from stochproc.gp._regressor_parameters import check_random_state
 from stochproc.gp._scale_priors import as_scale_prior
 from stochproc.gp._trained import TrainedLaw, trained_law
 from stochproc.gp._trained_flow import GradientFlow
@@ -240,6 +241,7 @@ class TrainedEnsemble(ScaleMixturePredictions, RegressorMixin, BaseEstimator):
         check_choice("normalize_X", plain_bool(self.normalize_X), (True, False, "global"))
         check_choice("normalize_y", plain_bool(self.normalize_y), (True, False))
         check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_random_state(self.random_state)
         as_scale_prior(self.scale_prior)
         return GradientFlow(self.time, self.learning_rate, self.ridge, self.rate)
 

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -179,6 +180,28 @@ def test_extreme_norms_take_the_slow_way_and_stay_finite(gen):
     K = arch.mlp(2).nngp(x)
     assert K.isfinite().all()
     torch.testing.assert_close(K / 1e120, arch.mlp(2, b_std=0).nngp(x / 1e60))
+
+
+@pytest.mark.parametrize("name", ["relu", "erf"])
+@pytest.mark.parametrize(
+    ("value", "dtype", "limit"),
+    [
+        (1e160, torch.float64, "1e+150"),
+        (1e25, torch.float32, "1e+18"),
+        (math.nan, torch.float64, "1e+150"),
+        (-math.inf, torch.float32, "1e+18"),
+    ],
+)
+def test_points_whose_squares_do_not_fit_are_refused_not_turned_into_nan(name, value, dtype, limit):
+    net, x = arch.mlp(1, name), torch.ones(3, 2, dtype=dtype)
+    bad = x.clone()
+    bad[1, 1] = value
+    said = re.escape(f"must be finite, of at most {limit} in size; got {bad.abs().max().item():.3g}")
+    for ask in (net.nngp, net.ntk, net.diag, lambda points: net.lazy(points) @ x[:, :1]):
+        with pytest.raises(ValueError, match="X1? " + said):
+            ask(bad)
+    with pytest.raises(ValueError, match="X2 " + said):
+        net.nngp(x, bad)
 
 
 class Kernels(torch.nn.Module):

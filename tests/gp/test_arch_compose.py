@@ -64,6 +64,21 @@ def test_only_layers_of_the_library_are_made_from_a_config():
         arch.from_config({"class": "Serial", "layers": [{"class": "os.system"}]})
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"class": "Dense", "width": 3}, "config of Dense has entries that are not its own: .*'width'"),
+        ({"class": "Serial", "layers": [{"again": 5}]}, "config refers to layer 5 of 0"),
+        (3, r"config must be what config\(\) of a layer returned; got 3"),
+        ({"class": "Serial", "layers": 3}, r"config must be what config\(\) of a layer returned"),
+    ],
+)
+def test_a_damaged_config_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        arch.from_config(config)
+
+
 def test_tied_layers_share_parameters_and_not_weights(gen):
     X = torch.randn(4, 3, generator=gen)
     tied, untied = arch.mlp(3, b_std=0.3), arch.mlp(3, b_std=0.3, tie=False)
@@ -106,11 +121,25 @@ def test_a_tangent_kernel_of_sign_names_the_layer():
         (lambda: arch.LayerNorm(0), ValueError, "eps must be positive"),
         (lambda: arch.mlp(0), ValueError, "depth must be at least 1"),
         (lambda: arch.mlp(2, "tanh"), ArchitectureError, "unknown activation 'tanh'; valid: abs"),
+        (lambda: arch.mlp(2, ["relu"]), TypeError, "activation must be a name or a layer; got list"),
+        (lambda: arch.mlp(2, arch.Relu), TypeError, "activation must be a name or a layer; got type. It is a class"),
+        (lambda: arch.ABRelu("a", 1), TypeError, "a must be a number; got 'a'"),
+        (lambda: arch.LeakyRelu(None), TypeError, "slope must be a number; got None"),
+        (lambda: arch.Sin("x"), TypeError, "c must be a number; got 'x'"),
+        (lambda: arch.Rbf([1.0]), TypeError, "gamma must be a number"),
+        (lambda: arch.Dense(1e200), ValueError, r"w_std must lie between 1e-140 and 1e\+140; got 1e\+200"),
+        (lambda: arch.Dense(1.0, 1e-200), ValueError, r"b_std must be 0 or lie between 1e-140 and 1e\+140; got 1e-200"),
+        (lambda: arch.Scale(1e-170), ValueError, r"s must lie between 1e-140 and 1e\+140; got 1e-170"),
         (lambda: arch.NetworkKernel(torch.nn.Linear(1, 1)), TypeError, "net must be a layer"),
         (lambda: arch.NetworkKernel(arch.mlp(1), "ntk2"), ValueError, "kind must be one of"),
         (lambda: arch.mlp(1).nngp(torch.ones(3)), ValueError, r"X1 must have shape \(\*batch, n, d\)"),
         (lambda: arch.mlp(1).nngp(torch.ones(3, 2), torch.ones(3, 4)), ValueError, "points of one kind"),
         (lambda: arch.mlp(1).nngp(torch.ones(3, 2), torch.ones(3, 2).float()), TypeError, "mixed dtypes"),
+        (
+            lambda: arch.mlp(1).nngp(torch.ones(2, 3, 2), torch.ones(4, 3, 2)),
+            ValueError,
+            r"the batch shapes of X1 and X2 must broadcast; got \(2,\) and \(4,\)",
+        ),
     ],
 )
 def test_wrong_arguments_say_what_is_wrong(make, error, message):

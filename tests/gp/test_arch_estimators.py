@@ -104,3 +104,19 @@ def test_two_kernels_that_share_a_network_cannot_be_saved(data, tmp_path):
 def test_wrong_names_say_what_is_valid(data, name, message):
     with pytest.raises(ValueError, match=message):
         ScaleMixtureGPRegressor(name).fit(*data)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "cg"}, {"noise_model": "independent"}], ids=["exact", "cg", "apart"]
+)
+def test_the_prediction_of_a_row_does_not_depend_on_the_rows_asked_for_with_it(options):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(30, 2))
+    # Its matrix of one set of points has a larger diagonal than its values at equal points.
+    net = arch.serial(arch.Dense(1.4, 0.2), arch.Relu(), arch.Dropout(0.8), arch.Dense())
+    model = ScaleMixtureGPRegressor(net, optimizer=None, **options).fit(X, np.sin(X[:, 0]))
+    for all_rows, some in zip(model.predict(X, return_std=True), model.predict(X[:5], return_std=True), strict=True):
+        np.testing.assert_allclose(all_rows[:5], some, rtol=1e-6)
+    np.testing.assert_allclose(model.predict(X)[:5], model.predict(X[:5]), rtol=1e-9)
+    _, cov = model.predict(X, return_cov=True)
+    np.testing.assert_allclose(np.sqrt(np.diag(cov)), model.predict(X, return_std=True)[1], rtol=1e-5)

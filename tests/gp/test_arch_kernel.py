@@ -1,3 +1,5 @@
+import math
+
 import gpytorch
 import pytest
 import torch
@@ -106,6 +108,10 @@ def test_lengthscale_can_be_set_where_there_is_one():
     assert kernel.lengthscale.tolist() == pytest.approx([2.0] * 3)
     with pytest.raises(ValueError, match="lengthscale must be positive"):
         kernel.lengthscale = -1.0
+    with pytest.raises(ValueError, match="lengthscale must be positive and finite; got inf"):
+        kernel.lengthscale = math.inf
+    with pytest.raises(ValueError, match=r"lengthscale must be one number or have shape \(3,\); got shape \(2,\)"):
+        kernel.lengthscale = [1.0, 2.0]
     with pytest.raises(ValueError, match="None at construction"):
         kernels()["ntk"].lengthscale = 1.0
 

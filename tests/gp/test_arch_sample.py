@@ -1,3 +1,4 @@
+import copy
 import math
 import pickle
 
@@ -208,6 +209,30 @@ def test_weights_are_drawn_at_the_first_call_where_the_inputs_are_not_known():
     assert torch.equal(out, now(X))
     assert torch.equal(later(X), out)
     assert arch.mlp(2).sample_network(8, seed=0)(X.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("twice", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_network_whose_weights_are_not_drawn_yet_can_be_copied(twice):
+    X = points(3, 2)
+    model = arch.mlp(2).sample_network(8, seed=3, scale_prior="half_cauchy")
+    other = twice(model)
+    assert torch.equal(other(X), model(X))
+    assert not list(twice(arch.mlp(1).sample_network(8)).parameters())
+
+
+def test_standard_deviations_and_dtype_are_those_of_the_call_that_made_the_network():
+    net, X = arch.mlp(2), points(3, 2)
+    later = net.sample_network(8, seed=0)
+    expected = net.sample_network(8, seed=0, n_features=2)(X)
+    with torch.no_grad():
+        net.parts[0].log_w_std.fill_(3.0)
+    torch.testing.assert_close(later(X), expected, rtol=0, atol=0)
+    narrow = net.sample_network(8, seed=0, dtype=torch.float32).materialise((2,))
+    assert {p.dtype for p in narrow.parameters()} == {torch.float32}
+    narrow = net.sample_network(8, seed=0, dtype=torch.float32)
+    assert narrow(X.float()).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="dtype"):
+        net.sample_network(8, seed=0, dtype=torch.float32)(X)
 
 
 def test_a_state_dict_makes_another_network_the_same():

@@ -341,6 +341,7 @@ def test_an_interruption_leaves_a_usable_estimator():
     with pytest.raises(KeyboardInterrupt):
         model.fit(X, y, callback=interrupt)
     assert not model.converged_
+    assert model.n_iter_ == 3
     start = ScaleMixtureGPRegressor(optimizer=None).fit(X, y)
     assert model.log_marginal_likelihood_ > start.log_marginal_likelihood_
 
@@ -436,6 +437,8 @@ def test_a_wrong_file_is_refused(tmp_path):
         ({"scale_prior": "student"}, ValueError, "inverse_gamma"),
         ({"scale_prior": 2.0}, TypeError, "prior"),
         ({"random_state": -1, "n_restarts": 2}, ValueError, "random_state must be a non-negative integer"),
+        ({"random_state": -1, "optimizer": None}, ValueError, "random_state must be a non-negative integer"),
+        ({"random_state": "0", "optimizer": None}, TypeError, "random_state must be None, an integer, .*; got str"),
     ],
 )
 def test_bad_parameters_name_themselves_and_what_is_allowed(options, error, message):

@@ -7,12 +7,14 @@ import torch
 from stochproc.exceptions import NumericalWarning
 from stochproc.gp import (
     GIG,
+    BurrXII,
     Delta,
     Gamma,
     HalfCauchy,
     HalfNormal,
     HalfStudentT,
     ImportanceScale,
+    InverseGamma,
     LogNormal,
     Mixture,
     ScaleMixtureGPRegressor,
@@ -179,3 +181,37 @@ def test_the_mean_of_a_joint_search_is_in_units_of_the_data(data):
     assert small.converged_
     assert small.log_marginal_likelihood_ + 25 * np.log(1e-9) == pytest.approx(plain.log_marginal_likelihood_, abs=0.1)
     np.testing.assert_allclose(small.predict(X), 1e-9 * plain.predict(X), rtol=1e-2, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise_model", ["scaled", "independent"])
+@pytest.mark.parametrize(
+    ("prior", "thawed"),
+    [
+        (InverseGamma(), ["log_a"]),
+        (Gamma(), ["log_a"]),
+        (LogNormal(), ["log_v"]),
+        (BurrXII(), ["log_c", "log_d"]),
+        (HalfStudentT(), ["log_df"]),
+        (GIG(), ["p"]),
+        (GIG(), ["log_omega"]),
+        (Mixture([InverseGamma(), LogNormal()]), ["log_weights", "components.1.log_v"]),
+    ],
+)
+def test_shapes_that_are_learned_end_within_their_ranges(prior, thawed, noise_model):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(40, 1))
+    # Of a Gaussian process: the best scale is one that is known, which every one of these priors tends to.
+    y = np.sin(X[:, 0]) + 0.3 * rng.normal(size=40)
+    for name in thawed:
+        prior.get_parameter(name).requires_grad_()
+    # A tail that is not resolved by the quadrature would warn.
+    model = ScaleMixtureGPRegressor(scale_prior=prior, noise_model=noise_model, n_restarts=1).fit(X, y)
+    assert model.converged_
+    for name in thawed:
+        path, _, own = name.rpartition(".")
+        low, high = model.scale_prior_.get_submodule(path).search_ranges[own]
+        found = model.scale_prior_.get_parameter(name).detach()
+        found = found.exp() if own.startswith("log_") else found
+        assert (found > 0.999 * low if low > 0 else found > low - 1e-9).all()
+        assert (found < 1.001 * high).all()

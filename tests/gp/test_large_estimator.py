@@ -6,6 +6,7 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
+from stochproc.exceptions import DataWarning
 from stochproc.gp import ExactPosterior, LargePosterior, ScaleMixtureGPRegressor
 from stochproc.gp import _large_system as system
 from stochproc.gp import _model_choice as choice
@@ -57,6 +58,48 @@ def test_auto_changes_over_with_the_number_of_rows(monkeypatch):
     assert isinstance(as_given("auto").fit(X, y).posterior_, LargePosterior)
     # Independent noise is factored whatever the number of rows.
     assert not isinstance(as_given("auto", noise_model="independent").fit(X, y).posterior_, LargePosterior)
+
+
+def test_auto_changes_over_earlier_where_memory_is_short(monkeypatch):
+    X, y = data(60)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 100}
+    # 400 kB hold 16 matrices of 56 rows.
+    monkeypatch.setattr(choice.os, "sysconf", pages.__getitem__)
+    assert isinstance(as_given("auto").fit(X[:56], y[:56]).posterior_, ExactPosterior)
+    assert isinstance(as_given("auto").fit(X[:57], y[:57]).posterior_, LargePosterior)
+    assert isinstance(as_given("cholesky").fit(X, y).posterior_, ExactPosterior)
+
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(choice.os, "sysconf", unknown)
+    assert isinstance(as_given("auto").fit(X, y).posterior_, ExactPosterior)
+
+
+@pytest.mark.parametrize("rows", [(59, 5000), (5000, 59)], ids=["by_cg", "by_cholesky"])
+def test_a_file_is_loaded_by_the_solver_of_its_fit_on_a_machine_that_would_choose_the_other(
+    rows, tmp_path, monkeypatch
+):
+    X, y = data(60)
+    monkeypatch.setattr(choice, "CHOLESKY_ROWS", rows[0])
+    model = as_given("auto").fit(X, y)
+    model.save(tmp_path / "model")
+    monkeypatch.setattr(choice, "CHOLESKY_ROWS", rows[1])
+    loaded = ScaleMixtureGPRegressor.load(tmp_path / "model")
+    assert loaded.solver == "auto"
+    assert type(loaded.posterior_) is type(model.posterior_)
+    np.testing.assert_array_equal(loaded.predict(X[:5]), model.predict(X[:5]))
+
+
+def test_a_subset_of_rows_that_does_not_vary_is_reported():
+    X, y = data(100)[0], np.zeros(100)
+    y[7] = 1.0
+    model = ScaleMixtureGPRegressor(solver="cg", hyper_subset=5, random_state=0, noise=0.03)
+    with pytest.warns(
+        DataWarning, match="the 5 rows drawn from 100 have one target; kernel and noise are kept as given"
+    ):
+        model.fit(X, y)
+    assert model.noise_ == pytest.approx(0.03)
 
 
 def test_a_subset_of_all_rows_learns_what_cholesky_learns():
@@ -127,7 +170,7 @@ def test_a_file_holds_the_solution_so_that_loading_solves_nothing(tmp_path, monk
 def test_a_solver_made_of_objects_is_not_saved(tmp_path):
     X, y = data(50)
     model = as_given(CG(precond=PivotedCholesky(20))).fit(X, y)
-    with pytest.raises(TypeError, match=r"solver cannot be saved: CG\.precond is a PivotedCholesky"):
+    with pytest.raises(TypeError, match=r"solver cannot be saved: .*PivotedCholesky"):
         model.save(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

@@ -124,3 +124,18 @@ def test_zero_residuals_keep_the_scale_and_say_so():
 def test_a_prior_without_a_scale_is_refused():
     with pytest.raises(TypeError, match="LogNormal declares no scale parameter"):
         fit_scale(scale_reference.LogNormal(), 4, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("prior", [HalfCauchy(1e150), HalfNormal(1e200), HalfStudentT(3.0, 1e155), HalfCauchy(1e-148)])
+def test_a_prior_whose_mass_is_beyond_all_numbers_is_refused_by_name(prior):
+    name = type(prior).__name__
+    with pytest.raises(ValueError, match=rf"t of {name} must put the mass of s within 1e-290 and 1e290, .* mass at s"):
+        fit_scale(prior, 30, torch.tensor(20.0))
+
+
+@pytest.mark.parametrize("scale", [1e-120, 1e120])
+def test_a_prior_far_from_the_data_is_found(scale):
+    near, far = HalfCauchy(1.0), HalfCauchy(scale)
+    for prior in (near, far):
+        fit_scale(prior, 30, torch.tensor(20.0))
+    assert far.t.item() == pytest.approx(near.t.item(), rel=1e-9)
