@@ -1,36 +1,48 @@
-"""A Gaussian process in time with noise: its likelihood in O(n), and the search for its hyperparameters."""
+"""A Gaussian process in time with noise, one output or several: its likelihood in O(n), differentiable."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stochproc._search import KERNEL_RANGE, Learned, bounds_around, is_log, search_twice
 from stochproc.exceptions import DataWarning, SolverError
-from stochproc.kernels import KERNEL_NAMES, Kernel, Periodic, Radial, Scale, as_kernel
-from stochproc.solvers import LBFGS, Result, kalman_smoother, messages
+from stochproc.kernels import KERNEL_NAMES, Kernel, Periodic, Scale, as_kernel
+from stochproc.solvers import kalman_smoother, messages
 
-__all__ = ["TimeSeries", "learn", "make_kernel", "warn_if_times_are_coarse"]
+__all__ = ["Series", "TimeSeries", "kernel_of_output", "make_kernel", "warn_if_times_are_coarse"]
 
-# Below this share of the variance of y the noise cannot be told from rounding.
-_NOISE_RANGE = (1e-8, 1e5)
 # Harmonics of the periodic kernel.
 _HARMONICS = 7
-# Starts of a search with a kernel given by its name: lengthscales between two gaps and the whole range; periods at the
-# peaks of a periodogram and twice and thrice those, since a harmonic may be stronger than the period itself. Each is
-# evaluated on at most so many rows.
-_N_LENGTHSCALES = 10
-_N_PEAKS = 5
-_ROWS_OF_LENGTHSCALES, _ROWS_OF_PERIODS = 2_000, 400
-# Below, the series of order 7 leaves out more than 5e-4 of the variance of the periodic kernel.
-_PERIODIC_LENGTHSCALES = (0.5, KERNEL_RANGE[1])
+
+
+class Series(NamedTuple):
+    """Sorted data; the axis of several outputs comes first, as a batch."""
+
+    times: Tensor
+    """(n,), non-decreasing."""
+    y: Tensor
+    """(n,) or (p, n): NaN where nothing was observed."""
+    known: Tensor
+    """(n,) or (p, n): known part of the noise variances."""
+
+    def take(self, rows: Tensor) -> Series:
+        """Return the data of some rows, in their order."""
+        return Series(self.times[rows], self.y[..., rows], self.known[..., rows])
+
+    def observed_rows(self) -> Tensor:
+        """Return the indices of rows of which some output was observed."""
+        seen = ~self.y.isnan()
+        return (seen if seen.ndim == 1 else seen.any(0)).nonzero()[:, 0]
+
+    def varies(self) -> Tensor:
+        """Return which outputs have observed values that differ, () or (p,)."""
+        low = torch.where(self.y.isnan(), math.inf, self.y).amin(-1)
+        return torch.where(self.y.isnan(), -math.inf, self.y).amax(-1) > low
 
 
 def _named_kernels() -> list[str]:
@@ -46,22 +58,30 @@ def _has_state_space(kernel: Kernel) -> bool:
     return True
 
 
-def make_kernel(kernel: Any) -> Kernel:
+def make_kernel(kernel: Any, n_outputs: int | None = None) -> Kernel:
     """Return a copy of the kernel that a parameter describes, in float64; a named one with an outputscale.
+
+    Parameters
+    ----------
+    kernel : Kernel or str
+    n_outputs : int or None, default=None
+        Number of outputs that have hyperparameters of their own, which the copy then holds as a batch.
 
     Raises
     ------
     TypeError
         If it describes none.
     ValueError
-        If its name is unknown, it has no state space, or its hyperparameters are a batch.
+        If its name is unknown, it has no state space, or its hyperparameters are a batch of another shape.
     """
     named = isinstance(kernel, str)
     made = as_kernel(kernel if named else copy.deepcopy(kernel), n_columns=1)
-    batches: list[Any] = [getattr(m, "batch_shape", ()) for m in made.modules()]
-    if any(batches):
-        batch = tuple(next(filter(None, batches)))
-        raise ValueError(f"kernel must be a single one, without batch_shape; got a batch of shape {batch}.")
+    allowed = [()] if n_outputs is None else [(), (n_outputs,)]
+    batches = [tuple(getattr(m, "batch_shape", ())) for m in made.modules()]
+    other = next((batch for batch in batches if batch not in allowed), None)
+    if other is not None:
+        wanted = "without batch_shape" if n_outputs is None else f"or one an output, with batch_shape ({n_outputs},)"
+        raise ValueError(f"kernel must be a single one, {wanted}; got a batch of shape {other}.")
     try:
         made.state_space()
     except NotImplementedError as error:
@@ -69,36 +89,63 @@ def make_kernel(kernel: Any) -> Kernel:
             f"kernel must have a state space, such as {', '.join(map(repr, _named_kernels()))}, and sums and products "
             f"of such. GPyTorch's kernels and functions have none. Got: {error}"
         ) from None
-    return (Scale(made) if named else made).double()
+    made = (Scale(made) if named else made).double()
+    if n_outputs is not None:
+        _replace(made, lambda p: p.expand(n_outputs, -1).clone() if p.ndim == 1 else p, (n_outputs,))
+    return made
+
+
+def kernel_of_output(kernel: Kernel, output: int) -> Kernel:
+    """Return a copy of the kernel of one output, out of a batch of them."""
+    one = copy.deepcopy(kernel)
+    _replace(one, lambda p: p[output].clone(), ())
+    return one
+
+
+def _replace(kernel: Kernel, change: Any, batch_shape: tuple[int, ...]) -> None:
+    """Change every hyperparameter in place; parts that share one go on sharing it."""
+    new: dict[int, torch.nn.Parameter] = {}
+    for part in kernel.modules():
+        for name, old in part.named_parameters(recurse=False):
+            if id(old) not in new:
+                new[id(old)] = torch.nn.Parameter(change(old.detach()), old.requires_grad)
+            setattr(part, name, new[id(old)])
+        if isinstance(part, Kernel):
+            part.batch_shape = torch.Size(batch_shape)
 
 
 class TimeSeries(torch.nn.Module):
     """A Gaussian process in time, a constant mean, and independent noise of learned plus known variances.
 
+    Several outputs are independent processes given the hyperparameters, which they share or have one set each.
+
     Parameters
     ----------
     kernel : Kernel
-        With a state space; not copied.
+        With a state space; not copied. A batch of kernels, one an output, for hyperparameters of their own.
     noise : float
         Variance of the learned part of the noise, non-negative; 0 is kept at 0.
     mean : {"constant", "zero"}
     method : {"auto", "scan", "sequential"}
         See ``kalman_smoother``.
+    n_outputs : int or None, default=None
+        None for one output, whose data have no axis of outputs.
     """
 
-    def __init__(self, kernel: Kernel, noise: float, mean: str, method: str) -> None:
+    def __init__(self, kernel: Kernel, noise: float, mean: str, method: str, n_outputs: int | None = None) -> None:
         super().__init__()
         self.kernel = kernel
-        start = torch.tensor(float(noise), dtype=torch.float64).log()
+        self.shared = not kernel.batch_shape
+        start = torch.full(tuple(kernel.batch_shape), float(noise), dtype=torch.float64).log()
         self.log_noise = torch.nn.Parameter(start, requires_grad=noise > 0)
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros(() if n_outputs is None else n_outputs, dtype=torch.float64)
         self.constant_mean = torch.nn.Parameter(zero) if mean == "constant" else None
         self.method = method
 
     @property
     def noise(self) -> Tensor:
-        """Variance of the learned part of the noise."""
-        return self.log_noise.exp()
+        """Variance of the learned part of the noise, (1,) or (p, 1): it broadcasts to data."""
+        return self.log_noise.exp().unsqueeze(-1)
 
     def smooth(self, times: Tensor, y: Tensor, known: Tensor, query: Tensor | None = None) -> tuple[Any, Tensor]:
         """Smooth sorted data, and return what ``kalman_smoother`` gives with log p(y), which has gradients.
@@ -107,9 +154,9 @@ class TimeSeries(torch.nn.Module):
         ----------
         times : Tensor of shape (n,)
             In non-decreasing order.
-        y : Tensor of shape (n,) or (*batch, n)
+        y : Tensor of shape (*batch, n), with the axis of several outputs at the end of the batch
             NaN where nothing was observed.
-        known : Tensor of shape (n,)
+        known : Tensor of shape (n,) or (p, n)
             Known part of the noise variances.
         query : Tensor of shape (m,), default=None
             Times to give the process at instead, in any order.
@@ -127,7 +174,7 @@ class TimeSeries(torch.nn.Module):
             precision,
             shift,
             query=query,
-            mean=0.0 if self.constant_mean is None else self.constant_mean,
+            mean=0.0 if self.constant_mean is None else self.constant_mean.unsqueeze(-1),
             offset=y.nan_to_num().unsqueeze(-1),
             method=self.method,
         )
@@ -142,144 +189,18 @@ class TimeSeries(torch.nn.Module):
         """
         width = (times[-1] - times[0]).item()
         phases = [
-            2 * math.pi * _HARMONICS * width / m.period.item()
+            2 * math.pi * _HARMONICS * width / m.period.min().item()
             for m in self.kernel.modules()
             if isinstance(m, Periodic) and m.log_period.requires_grad
         ]
         return min(torch.finfo(times.dtype).eps * max([1.0, *phases]) ** 2, 1e-4)
 
-    def loss(self, times: Tensor, y: Tensor, known: Tensor) -> Tensor:
-        """Return -log p(y), for a search."""
+    def losses(self, times: Tensor, y: Tensor, known: Tensor) -> Tensor:
+        """Return -log p(y) of each output, () or (p,), for a search."""
         try:
             return -self.smooth(times, y, known)[1]
         except SolverError as error:
             raise FloatingPointError(str(error)) from error
-
-
-def learn(
-    model: TimeSeries,
-    times: Tensor,
-    y: Tensor,
-    known: Tensor,
-    search: LBFGS,
-    *,
-    named: bool,
-    generator: torch.Generator,
-    callback: Callable[[Any], Any] | None,
-    verbose: int,
-) -> Learned:
-    """Maximise the marginal likelihood in place; a named kernel starts from the best of a grid."""
-    seen = y[~y.isnan()]
-    if bool((seen == seen[0]).all()):
-        # A process of variance zero explains equal values best: there is nothing to learn from.
-        return Learned(None, True, 0)
-    # Variances are searched relative to that of the data, which is 1 only where they were standardised.
-    variance = seen.var(correction=0).item()
-    ranges = {"log_outputscale": _times(variance, KERNEL_RANGE)}
-    if named:
-        next(m for m in model.kernel.modules() if isinstance(m, Scale)).outputscale = variance
-        ranges |= _start(model, times, y, known)
-    kernel = [(n, p) for n, p in model.kernel.named_parameters() if p.requires_grad]
-    parameters = [p for _, p in kernel]
-    bounds: list[Any] = [bounds_around(p, _range(model.kernel, n, ranges)) if is_log(n) else None for n, p in kernel]
-    if model.log_noise.requires_grad:
-        parameters.append(model.log_noise)
-        bounds.append(bounds_around(model.log_noise, _times(variance, _NOISE_RANGE)))
-    if model.constant_mean is not None:
-        with torch.no_grad():
-            model.constant_mean.fill_(seen.mean())
-        parameters.append(model.constant_mean)
-        bounds.append(None)
-    if not parameters:
-        return Learned(None, True, 0)
-
-    def run(how: LBFGS) -> Result[float]:
-        return how(
-            lambda: model.loss(times, y, known),
-            parameters,
-            bounds,
-            generator=generator,
-            callback=callback,
-            verbose=verbose,
-            eps=lambda: model.rounding(times),
-        )
-
-    result, iterations = search_twice(run, search)
-    return Learned(result, result.ok, iterations)
-
-
-def _times(factor: float, pair: tuple[float, float]) -> tuple[float, float]:
-    return factor * pair[0], factor * pair[1]
-
-
-def _range(kernel: Kernel, path: str, ranges: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
-    """Return the range that a positive hyperparameter of the kernel is searched in."""
-    owner, _, name = path.rpartition(".")
-    if name == "log_lengthscale" and isinstance(kernel.get_submodule(owner), Periodic):
-        return _PERIODIC_LENGTHSCALES
-    return ranges.get(name, KERNEL_RANGE)
-
-
-@torch.no_grad()
-def _start(model: TimeSeries, times: Tensor, y: Tensor, known: Tensor) -> dict[str, tuple[float, float]]:
-    """Set the lengthscale or period of a named kernel to the best of a grid; return ranges by name.
-
-    The likelihood has one maximum where the function explains the data and others where it is all noise or all
-    trend, decades of lengthscale away; a search finds the nearest.
-    """
-    base: Any = next(m for m in model.kernel.modules() if not isinstance(m, Scale))
-    width = (times[-1] - times[0]).item()
-    gaps = times.diff()
-    gaps = gaps[gaps > 0]
-    if not isinstance(base, Radial) or width == 0:
-        return {}
-    periodic = base if isinstance(base, Periodic) else None
-    part = _some_rows(times, y, known, _ROWS_OF_PERIODS if periodic is not None else _ROWS_OF_LENGTHSCALES)
-
-    def loss_at(name: str, value: float) -> float:
-        setattr(base, name, value)
-        try:
-            return model.loss(*part).item()
-        except FloatingPointError:
-            return math.inf
-
-    gap = gaps.median().item()
-    if periodic is not None:
-        periods = _candidate_periods(part[0], part[1], width, gap)
-        losses = {period: loss_at("period", period) for period in periods}
-        least = min(losses.values())
-        # Multiples of a period explain the data as well, but for rounding and prior: the shortest within a nat.
-        period = min(p for p, loss in losses.items() if loss <= least + 1)
-        periodic.period = period  # type: ignore[assignment]
-        # The likelihood has about one maximum each half of a cycle over the range: a long step would leave this one.
-        frequency, step = 1 / period, 0.5 / width
-        return {"log_period": (1 / (frequency + step), 1 / max(frequency - step, 0.25 / width))}
-    scales = np.geomspace(2 * gap, width, _N_LENGTHSCALES).tolist()
-    base.lengthscale = min(scales, key=lambda scale: loss_at("lengthscale", scale))
-    return {"log_lengthscale": (gap / 3, 10 * width)}
-
-
-def _some_rows(times: Tensor, y: Tensor, known: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return observed rows, at random where there are more than n: every k-th would alias short periods."""
-    rows = (~y.isnan()).nonzero()[:, 0]
-    if len(rows) > n:
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:n]
-        rows = rows[chosen.to(rows.device)].sort().values
-    return times[rows], y[rows], known[rows]
-
-
-def _candidate_periods(times: Tensor, y: Tensor, width: float, gap: float) -> list[float]:
-    """Return periods at peaks of the periodogram, their doubles and triples, and those of a few cycles."""
-    from scipy.signal import find_peaks, lombscargle
-
-    # A quarter of the resolution apart, up to the highest frequency that the median gap can show.
-    frequencies = np.arange(0.5 / width, max(0.5 / gap, 2 / width), 0.25 / width)[:50_000]
-    t, values = (times - times[0]).cpu().numpy(), y.cpu().numpy()
-    power = lombscargle(t, values - values.mean(), 2 * np.pi * frequencies)
-    peaks, _ = find_peaks(np.concatenate([[0.0], power, [0.0]]))
-    peaks = peaks[np.argsort(power[peaks - 1])[::-1][:_N_PEAKS]] - 1
-    found = [multiple / frequencies[k] for k in peaks for multiple in (1, 2, 3)]
-    return [float(p) for p in (*found, width / 2, width, 2 * width) if p <= 2 * width]
 
 
 def warn_if_times_are_coarse(times: Tensor, stacklevel: int) -> None:

@@ -9,18 +9,15 @@ import numpy as np
 import torch
 from sklearn.metrics import r2_score
 from sklearn.utils import check_consistent_length
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from stochproc._base import FLOATS, Given, ProbabilisticRegressorMixin, as_array, check_levels
+from stochproc._base import ProbabilisticRegressorMixin, as_array, check_levels
 from stochproc._checks import check_integer
-from stochproc._persistence import as_tensor
 from stochproc._random import make_generator
-from stochproc._standardise import Standardiser
-from stochproc.kernels import Kernel
 from stochproc.solvers import sample_paths
-from stochproc.tensor._state_space_model import TimeSeries
-from stochproc.tensor._time_data import as_column, as_target, known_noise
+from stochproc.tensor._state_space_model import kernel_of_output
+from stochproc.tensor._state_space_parts import StateSpaceParts
 
 __all__ = ["StateSpacePredictions"]
 
@@ -29,18 +26,8 @@ _LOG_2PI = math.log(2 * math.pi)
 _STATES_AT_ONCE = 1 << 18
 
 
-class StateSpacePredictions(ProbabilisticRegressorMixin):
-    """The methods that need the fitted model, the sorted data in its units and the two maps, nothing else."""
-
-    _model: TimeSeries
-    _times: Tensor
-    _y_train: Tensor
-    _known: Tensor
-    _x_map: Standardiser
-    _y_map: Standardiser
-    _given: Given
-    _order: Tensor
-    kernel_: Kernel
+class StateSpacePredictions(StateSpaceParts, ProbabilisticRegressorMixin):
+    """The methods of the contract of probabilistic regressors, from the fitted model and data."""
 
     def predict(self, X: Any, return_std: bool = False, return_cov: bool = False, *, latent: bool = False) -> Any:
         """Predict the mean of new observations, and on request their spread.
@@ -58,11 +45,11 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
 
         Returns
         -------
-        mean : ndarray or Tensor of shape (n_samples,)
-        std : ndarray or Tensor of shape (n_samples,)
+        mean : ndarray or Tensor of shape (n_samples,) or (n_samples, n_outputs)
+        std : ndarray or Tensor of the same shape
             Only with ``return_std``.
-        cov : ndarray or Tensor of shape (n_samples, n_samples)
-            Only with ``return_cov``.
+        cov : ndarray or Tensor of shape (n_samples, n_samples) or (n_samples, n_samples, n_outputs)
+            Only with ``return_cov``. Outputs are independent of each other.
 
         Raises
         ------
@@ -79,16 +66,18 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
         given, query = self._inputs(X)
         with torch.no_grad():
             if return_cov:
-                smoothed, _ = self._model.smooth(self._times, self._y_train, self._known, query)
-                mean, cov = smoothed.mean[..., 0], smoothed.joint_cov()[:, 0, :, 0]
+                smoothed, _ = self._model.smooth(*self._data, query)
+                mean, cov = smoothed.mean[..., 0], smoothed.joint_cov()[..., 0, :, 0]
                 if not latent:
-                    cov.diagonal().add_(self._model.noise)
-                return given.back(self._unscaled(mean)), given.back(cov * self._y_unit**2)
+                    cov.diagonal(dim1=-2, dim2=-1).add_(self._model.noise)
+                cov = cov * self._y_unit[..., None, None] ** 2
+                return given.back(self._by_row(self._unscaled(mean))), given.back(self._by_row(cov))
             mean, variance = self._moments(query)
+            mean = given.back(self._by_row(self._unscaled(mean)))
             if not return_std:
-                return given.back(self._unscaled(mean))
-            std = self._std(variance, latent)
-            return given.back(self._unscaled(mean)), given.back(std * self._y_unit)
+                return mean
+            std = self._unscaled(self._std(variance, latent), shift=False)
+            return mean, given.back(self._by_row(std))
 
     def predict_quantiles(self, X: Any, q: Any, *, latent: bool = False) -> Any:
         """Predict quantiles of new observations.
@@ -103,7 +92,7 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
 
         Returns
         -------
-        ndarray or Tensor of shape (n_samples, n_quantiles)
+        ndarray or Tensor of shape (n_samples, n_quantiles) or (n_samples, n_quantiles, n_outputs)
             In the units of y, increasing in q.
 
         Raises
@@ -117,39 +106,8 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
             mean, variance = self._moments(query)
             std = self._std(variance, latent)
             z = torch.special.ndtri(torch.as_tensor(levels, device=mean.device))
-            return given.back(self._unscaled(mean[:, None] + std[:, None] * z))
-
-    def predict_derivative(self, X: Any, return_std: bool = False) -> Any:
-        """Predict the slope of the function.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, 1) or (n_samples,)
-        return_std : bool, default=False
-            Whether to return standard deviations of the slope too.
-
-        Returns
-        -------
-        slope : ndarray or Tensor of shape (n_samples,)
-            In units of y a unit of X.
-        std : ndarray or Tensor of shape (n_samples,)
-            Only with ``return_std``.
-
-        Raises
-        ------
-        ValueError
-            If paths of the kernel are not differentiable, such as those of a Matern 1/2.
-        """
-        given, query = self._inputs(X)
-        with torch.no_grad():
-            row = self.kernel_.state_space().derivative_output().to(query)[0]
-            smoothed, _ = self._model.smooth(self._times, self._y_train, self._known, query)
-            unit, at = self._y_unit / self._x_map.scale[0], smoothed.positions
-            slope = smoothed.state_mean[at] @ row
-            if not return_std:
-                return given.back(slope * unit)
-            std = torch.einsum("i,nij,j->n", row, smoothed.state_cov[at], row).clamp(min=0).sqrt()
-            return given.back(slope * unit), given.back(std * unit)
+            found = mean.unsqueeze(-1) + std.unsqueeze(-1) * z
+            return given.back(self._by_row(self._unscaled(found, axes=2)))
 
     def log_predictive_density(self, X: Any, y: Any, noise: Any = None) -> Any:
         """Return the log density of each new observation given the data.
@@ -157,14 +115,14 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
         Parameters
         ----------
         X : array-like of shape (n_samples, 1) or (n_samples,)
-        y : array-like of shape (n_samples,)
-        noise : float or array-like of shape (n_samples,), default=None
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+        noise : float or array-like of shape (n_samples,) or (n_samples, n_outputs), default=None
             Known variances of these observations on top of the learned noise, as in ``fit``.
 
         Returns
         -------
         ndarray or Tensor of shape (n_samples,)
-            In nats and the units of y, one row at a time.
+            In nats and the units of y, one row at a time; with several outputs that of the row.
         """
         given, query = self._inputs(X)
         target, known = self._targets(y, len(query)), self._known_of(noise, len(query))
@@ -175,7 +133,8 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
                 raise ValueError(
                     "noise must be positive where the function is known exactly; pass the known variances."
                 )
-            return given.back(_log_normal(target - mean, total) - self._y_unit.log())
+            density = _log_normal(target - mean, total) - self._y_unit.log().unsqueeze(-1)
+            return given.back(density if self._n_outputs is None else density.sum(0))
 
     def log_marginal_likelihood(self, X: Any = None, y: Any = None, noise: Any = None) -> float:
         """Return log p(y) at the learned hyperparameters.
@@ -184,15 +143,15 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
         ----------
         X : array-like of shape (n_samples, 1) or (n_samples,), default=None
             Other data, taken alone; None means those of the fit, with their known noise.
-        y : array-like of shape (n_samples,), default=None
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs), default=None
             NaN where nothing was observed.
-        noise : float or array-like of shape (n_samples,), default=None
+        noise : float or array-like of shape (n_samples,) or (n_samples, n_outputs), default=None
             Known variances of the other data, as in ``fit``.
 
         Returns
         -------
         float
-            In nats and the units of y.
+            In nats and the units of y; the sum over outputs.
 
         Raises
         ------
@@ -211,37 +170,43 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
             raise ValueError("noise must be positive in all: the fit learned none; pass the known variances.")
         times, order = times.sort(stable=True)
         with torch.no_grad():
-            total = self._model.smooth(times, target[order], known[order])[1]
-        return float(total - (~target.isnan()).sum() * self._y_unit.log())
+            total = self._model.smooth(times, target[..., order], known[..., order])[1]
+        return float((total - (~target.isnan()).sum(-1) * self._y_unit.log()).sum())
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return the coefficient of determination of the predicted means, over rows whose target is not missing.
+        """Return the coefficient of determination of the predicted means, over targets that are not missing.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, 1) or (n_samples,)
-        y : array-like of shape (n_samples,)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             NaN where nothing was observed.
         sample_weight : array-like of shape (n_samples,), default=None
 
         Returns
         -------
         float
+            The mean over outputs.
 
         Raises
         ------
         ValueError
-            If every target is missing.
+            If every target of an output is missing.
         """
-        check_is_fitted(self)
-        target = as_target(y, missing=True)
-        seen = ~np.isnan(target)
-        if not seen.any():
-            raise ValueError("y must hold at least one observed value; got NaN in every row.")
         mean = np.asarray(as_array(self.predict(X)))
-        check_consistent_length(mean, target)
-        weight = None if sample_weight is None else np.asarray(as_array(sample_weight))[seen]
-        return float(r2_score(target[seen], mean[seen], sample_weight=weight))
+        target = self._checked_targets(y, len(mean), missing=True)
+        columns, means = target.reshape(len(target), -1).T, mean.reshape(len(mean), -1).T
+        weight = None if sample_weight is None else np.asarray(as_array(sample_weight))
+        check_consistent_length(mean, target, weight)
+        scores = []
+        for k, (values, predicted) in enumerate(zip(columns, means, strict=True)):
+            seen = ~np.isnan(values)
+            if not seen.any():
+                name = "y" if self._n_outputs is None else f"output {k} of y"
+                raise ValueError(f"{name} must hold at least one observed value; got NaN in every row.")
+            of_seen = None if weight is None else weight[seen]
+            scores.append(r2_score(values[seen], predicted[seen], sample_weight=of_seen))
+        return float(np.mean(scores))
 
     def sample_y(self, X: Any, n_samples: int = 1, random_state: Any = None, *, latent: bool = False) -> Any:
         """Draw new observations jointly over the rows.
@@ -257,7 +222,7 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
 
         Returns
         -------
-        ndarray or Tensor of shape (n_rows, n_samples)
+        ndarray or Tensor of shape (n_rows, n_samples) or (n_rows, n_outputs, n_samples)
 
         Notes
         -----
@@ -272,7 +237,7 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
             if not latent:
                 noise = torch.randn(draws.shape, dtype=draws.dtype, device=draws.device, generator=generator)
                 draws = draws + self._model.noise.sqrt() * noise
-            return given.back(self._unscaled(draws).mT)
+            return given.back(self._unscaled(draws).movedim((0, -1), (-1, 0)))
 
     def sample(self, X: Any, n_samples: int = 1, random_state: Any = None) -> Any:
         """Draw functions without noise jointly over the rows; ``sample_y(..., latent=True)``."""
@@ -285,7 +250,8 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
         -------
         ndarray or Tensor of shape (n_samples,)
             A tensor if ``fit`` was given one as X. In nats and the units of y, in the order of the rows of ``fit``,
-            NaN for missing ones; hyperparameters stay those of all rows.
+            NaN for missing ones; with several outputs the sum over those that were observed. Hyperparameters stay
+            those of all rows.
 
         Notes
         -----
@@ -293,66 +259,41 @@ class StateSpacePredictions(ProbabilisticRegressorMixin):
         """
         check_is_fitted(self)
         with torch.no_grad():
-            smoothed, _ = self._model.smooth(self._times, self._y_train, self._known)
-            noise = self._model.noise + self._known
+            smoothed, _ = self._model.smooth(*self._data)
+            noise = self._model.noise + self._data.known
             D, u = smoothed.left_out()
-            density = _log_normal(noise.sqrt() * u / D, noise / D) - self._y_unit.log()
-            density = torch.where(self._y_train.isnan(), torch.nan, density)
+            density = _log_normal(noise.sqrt() * u / D, noise / D) - self._y_unit.log().unsqueeze(-1)
+            missing = self._data.y.isnan()
+            if self._n_outputs is not None:
+                density, missing = density.masked_fill(missing, 0.0).sum(0), missing.all(0)
+            density = density.masked_fill(missing, torch.nan)
             return self._given.back(torch.empty_like(density).scatter_(0, self._order, density))
 
     def _draw(self, query: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
-        merged, order = torch.cat([self._times, query]).sort(stable=True)
-        ss, n = self.kernel_.state_space(), len(self._times)
-        noise = (self._model.noise + self._known).sqrt()
+        """Draw functions, (n_samples, m) or (n_samples, p, m)."""
+        times, y, known = self._data
+        n, batch = len(times), y.shape[:-1]
+        merged, order = torch.cat([times, query]).sort(stable=True)
+        # Hyperparameters of their own make each output another process; else they are draws of one.
+        kernels = [self.kernel_] if self._model.shared else [kernel_of_output(self.kernel_, k) for k in range(len(y))]
+        spaces = [kernel.state_space() for kernel in kernels]
+        noise = (self._model.noise + known).sqrt()
         found = []
         # Some at a time, so that memory stays that of a long series.
-        size = max(1, _STATES_AT_ONCE // (len(merged) * ss.state_dim))
+        size = max(1, _STATES_AT_ONCE // (len(merged) * spaces[0].state_dim * batch.numel()))
         for start in range(0, n_samples, size):
             some = min(size, n_samples - start)
-            sorted_paths = sample_paths(ss, merged, some, generator=generator)[..., 0]
-            paths = torch.empty_like(sorted_paths)
-            paths[:, order] = sorted_paths
-            fake = torch.randn(some, n, dtype=noise.dtype, device=noise.device, generator=generator) * noise
+            count = some * batch.numel() // len(spaces)
+            drawn = torch.stack([sample_paths(ss, merged, count, generator=generator)[..., 0] for ss in spaces], 1)
+            paths = torch.empty_like(drawn)
+            paths[..., order] = drawn
+            paths = paths.reshape(some, *batch, -1)
+            shape = (some, *batch, n)
+            fake = torch.randn(shape, dtype=noise.dtype, device=noise.device, generator=generator) * noise
             # The constant mean is in `smooth`, hence in the result.
-            residual = self._y_train - paths[:, :n] - fake
-            smoothed, _ = self._model.smooth(self._times, residual, self._known, query)
-            found.append(smoothed.mean[..., 0] + paths[:, n:])
+            smoothed, _ = self._model.smooth(times, y - paths[..., :n] - fake, known, query)
+            found.append(smoothed.mean[..., 0] + paths[..., n:])
         return torch.cat(found)
-
-    def _moments(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        smoothed, _ = self._model.smooth(self._times, self._y_train, self._known, query)
-        return smoothed.mean[..., 0], smoothed.cov[..., 0, 0].clamp(min=0)
-
-    def _std(self, variance: Tensor, latent: bool) -> Tensor:
-        return (variance if latent else variance + self._model.noise).sqrt()
-
-    def _inputs(self, X: Any) -> tuple[Given, Tensor]:
-        check_is_fitted(self)
-        given = Given.of(X)
-        column = self._validated_column(X, reset=False)
-        times = as_tensor(column, torch.float64, self._times.device)
-        return given, self._x_map.apply(times, torch.float64, "X")[:, 0]
-
-    def _validated_column(self, X: Any, **options: Any) -> np.ndarray:
-        column = validate_data(self, as_column(X), dtype=FLOATS, **options)
-        if column.shape[1] != 1:
-            raise ValueError(f"X must have one column, the times; got {column.shape[1]} columns.")
-        return column
-
-    def _targets(self, y: Any, n: int, *, missing: bool = False) -> Tensor:
-        target = as_target(y, missing=missing)
-        check_consistent_length(np.empty(n), target)
-        return (as_tensor(target, torch.float64, self._times.device) - self._y_map.shift[0]) / self._y_unit
-
-    def _known_of(self, noise: Any, n: int) -> Tensor:
-        return known_noise(noise, n, self._times.device) / self._y_unit**2
-
-    @property
-    def _y_unit(self) -> Tensor:
-        return self._y_map.scale[0]
-
-    def _unscaled(self, value: Tensor) -> Tensor:
-        return value * self._y_unit + self._y_map.shift[0]
 
 
 def _log_normal(error: Tensor, variance: Tensor) -> Tensor:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils import check_array, column_or_1d
+from sklearn.utils import check_array
 from torch import Tensor
 
 from stochproc._base import as_array
 from stochproc._checks import check_positive
 from stochproc._persistence import as_tensor
+from stochproc._standardise import Standardiser
+from stochproc.exceptions import DataWarning
 
-__all__ = ["as_column", "as_target", "known_noise"]
+__all__ = ["as_column", "as_target", "known_noise", "standardiser_of"]
 
 
 def as_column(X: Any) -> Any:
@@ -35,24 +38,37 @@ def as_column(X: Any) -> Any:
 
 
 def as_target(y: Any, *, missing: bool) -> np.ndarray:
-    """Return targets as a float64 vector in which NaN may stand for a missing value."""
+    """Return targets as a float64 vector, or matrix of one column an output, in which NaN may stand for missing."""
+    if y is None:
+        raise ValueError("y must be given: the estimator requires y to be passed, but the target y is None.")
     y = as_array(y)
     if np.ma.isMaskedArray(y):
         y = np.ma.filled(y.astype(np.float64), np.nan)
     finite: Any = "allow-nan" if missing else True
     try:
         target = check_array(
-            y, ensure_2d=False, dtype=np.float64, ensure_all_finite=finite, ensure_min_samples=0, input_name="y"
+            y,
+            ensure_2d=False,
+            allow_nd=True,
+            dtype=np.float64,
+            ensure_all_finite=finite,
+            ensure_min_samples=0,
+            input_name="y",
         )
     except ValueError as error:
         if "y" in str(error).split() or not str(error).startswith("could not convert"):
             raise
         raise ValueError(f"y must hold real numbers: {error}.") from None
-    return column_or_1d(target, warn=True)
+    if target.ndim not in (1, 2) or 0 in target.shape[1:]:
+        raise ValueError(f"y must have shape (n_samples,) or (n_samples, n_outputs); got {target.shape}.")
+    return target
 
 
-def known_noise(noise: Any, n: int, device: torch.device) -> Tensor:
-    """Return the known variances of n rows, in squared units of y; None is zero."""
+def known_noise(noise: Any, n: int, n_outputs: int | None, device: torch.device) -> Tensor:
+    """Return known variances in squared units of y, (n,), or (n_outputs, n) where they differ by output.
+
+    None is zero. ``n_outputs`` is None for one output without an axis of its own.
+    """
     if noise is None:
         return torch.zeros(n, dtype=torch.float64, device=device)
     noise = as_array(noise)
@@ -60,11 +76,44 @@ def known_noise(noise: Any, n: int, device: torch.device) -> Tensor:
         value = noise.item() if isinstance(noise, np.ndarray) else noise
         check_positive("noise", value, zero=True)
         return torch.full((n,), float(value), dtype=torch.float64, device=device)
-    variances = check_array(noise, ensure_2d=False, dtype=np.float64, input_name="noise")
+    variances = check_array(noise, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name="noise")
     if variances.ndim == 2 and variances.shape[1] == 1:
         variances = variances[:, 0]
-    if variances.shape != (n,):
-        raise ValueError(f"noise must be one number or one a row of X, {n}; got shape {variances.shape}.")
+    if variances.shape not in ((n,), (n, n_outputs)):
+        values = "" if n_outputs is None else f", or one a value of y, ({n}, {n_outputs})"
+        raise ValueError(f"noise must be one number or one a row of X, {n}{values}; got shape {variances.shape}.")
     if (variances < 0).any():
         raise ValueError(f"noise must be non-negative; got {variances.min()}.")
-    return as_tensor(variances, torch.float64, device)
+    return as_tensor(variances.T, torch.float64, device)
+
+
+def standardiser_of(y: Tensor, how: bool) -> Standardiser:
+    """Learn centre and scale of each output (p, n) from what was observed of it.
+
+    Raises
+    ------
+    ValueError
+        If an output has no observed value, or its squares would overflow or vanish.
+
+    Warns
+    -----
+    DataWarning
+        If an output does not vary.
+    """
+    found, flat = [], []
+    for k, values in enumerate(y):
+        name = "y" if len(y) == 1 else f"output {k} of y"
+        seen = values[~values.isnan()][:, None]
+        if not len(seen):
+            raise ValueError(f"{name} must hold at least one observed value; got NaN in every row.")
+        size = seen.abs().max().item()
+        if size > 0 and not 1e-140 < size < 1e140:
+            raise ValueError(f"{name} must have entries between 1e-140 and 1e140 in size; got {size:.3g}. Rescale it.")
+        found.append(Standardiser.fit(seen, how, "y"))
+        if len(seen) > 1 and bool((seen == seen[0]).all()):
+            flat.append(name)
+    if flat:
+        warnings.warn(
+            f"{' and '.join(flat)} does not vary; it is centred and keeps unit scale.", DataWarning, stacklevel=4
+        )
+    return Standardiser(torch.cat([m.shift for m in found]), torch.cat([m.scale for m in found]))

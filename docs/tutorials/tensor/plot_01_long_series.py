@@ -50,6 +50,31 @@ ax.set_ylim(325, 385)
 ax.legend(frameon=False, loc="upper left", markerscale=2)
 
 # %%
+# Trend and season apart
+# ----------------------
+# The kernel is a sum, and so is the function: the smoother knows the parts as well as the whole. What the data cannot
+# tell is which part has the level: a periodic kernel contains a constant, which the trend can take over. So each part
+# for itself is uncertain by tens of ppm, in its level alone, and what one has more the other has less.
+at = np.arange(1959, 1990, 1 / 48)
+parts, spread = model.predict_components(at, return_std=True)
+_, of_sum = model.predict(at, return_std=True, latent=True)
+print(f"standard deviations: trend {spread[:, 0].mean():.0f} ppm, season {spread[:, 1].mean():.0f} ppm", end=", ")
+print(f"their sum {of_sum.mean():.2f} ppm")
+swing = [np.ptp(parts[(at >= year) & (at < year + 1), 1]) for year in (1960, 1988)]
+print(f"from the lowest to the highest week of a year: {swing[0]:.1f} ppm in 1960, {swing[1]:.1f} ppm in 1988")
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+left.plot(years, known, ".", color="0.75", markersize=2, label="data")
+left.plot(at, parts[:, 0] + model.mean_, label="trend")
+left.set(xlabel="year", ylabel="carbon dioxide, ppm", title="Trend", xlim=(1958, 1990.5))
+left.legend(frameon=False)
+for first, colour in [(1960, "C1"), (1974, "C2"), (1988, "C3")]:
+    year = (at >= first) & (at < first + 1)
+    right.plot(12 * (at[year] - first), parts[year, 1] - parts[year, 1].mean(), color=colour, label=f"{first}")
+right.set(xlabel="month", ylabel="ppm", title="Season, less its mean")
+right.legend(frameon=False)
+
+# %%
 # Everything wrong with it
 # ------------------------
 # A flood passes a gauge: a simulated one, so that the truth is known. The gauge reports at odd times, to 2 cm, and
@@ -107,12 +132,40 @@ top.legend(frameon=False, loc="upper right")
 bottom.legend(frameon=False, loc="upper right")
 
 # %%
+# Several series at once
+# ----------------------
+# Three gauges along the river, each in a unit of its own and each failing now and then: columns of one ``y``, with NaN
+# for the single values that are missing. They are independent processes, but they share times and, unless we say
+# otherwise, kernel and noise, relative to the variance of each. Whether they should, the likelihood can tell: the third
+# gauge is in a reservoir, where levels change slowly, so that sharing costs some twenty nats.
+hours = np.sort(rng.uniform(0, 48, 150))
+levels = np.stack([level(hours), 100 * level(hours - 3), 7 + 0.1 * np.cos(hours / 15)], axis=1)
+gauges = levels + [0.05, 4.0, 0.004] * rng.standard_normal(levels.shape)
+gauges[rng.uniform(size=gauges.shape) < 0.3] = np.nan
+
+shared = StateSpaceGP("matern52").fit(hours, gauges)
+own = StateSpaceGP("matern52", share_hyperparameters=False).fit(hours, gauges)
+for what, found in [("shared", shared), ("own", own)]:
+    print(f"{what} hyperparameters: log p(y) {found.log_marginal_likelihood_:.1f}")
+print("lengthscales of their own, hours:", *(f"{l:.1f}" for l in own.kernel_.kernel.lengthscale[:, 0].tolist()))
+
+at = np.linspace(0, 48, 400)
+mean, std = own.predict(at, return_std=True, latent=True)
+fig, axes = plt.subplots(1, 3, figsize=(8, 2.8), layout="constrained", sharex=True)
+for k, (ax, unit) in enumerate(zip(axes, ["m", "cm", "m"], strict=True)):
+    ax.fill_between(at, mean[:, k] - 2 * std[:, k], mean[:, k] + 2 * std[:, k], color="C0", alpha=0.3, linewidth=0)
+    ax.plot(at, mean[:, k], linewidth=1)
+    ax.plot(hours, gauges[:, k], "k.", markersize=2)
+    ax.set(xlabel="time, hours", ylabel=f"level, {unit}", title=f"gauge {k + 1}")
+
+# %%
 # A million points
 # ----------------
 # A matrix of a million by a million numbers takes 8 TB. :func:`~stochproc.solvers.sample_paths` draws a path of the
 # prior at as many irregular times, and we add noise. We condition on the first n points, for n up to all of them: as
 # long as n is small, time hardly depends on it, and later it is proportional. A search for the hyperparameters
-# does the same some twenty times, with gradients; here on a tenth of the points.
+# does the same some twenty times, with gradients; here on a tenth of the points. Where that takes too long, for kernels
+# with many states, ``hyper_subset=`` learns from a part and conditions on all.
 import time
 
 import torch
