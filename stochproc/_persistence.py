@@ -26,6 +26,7 @@ _BUILDERS = {
     "scale_prior": "stochproc.gp:scale_prior_from_config",
     "lbfgs": "stochproc.solvers:LBFGS",
     "cg": "stochproc.solvers:CG",
+    "mode": "stochproc.tensor:Mode",
 }
 # Class of an object that can be written as names and numbers, by tag.
 _CLASSES = {
@@ -34,6 +35,7 @@ _CLASSES = {
     "scale_prior": "stochproc.gp:ScalePrior",
     "lbfgs": "stochproc.solvers:LBFGS",
     "cg": "stochproc.solvers:CG",
+    "mode": "stochproc.tensor:Mode",
 }
 # Kernel classes outside the kernel layer: importing the module lets that layer know them.
 _KERNEL_MODULES = {"NetworkKernel": "stochproc.gp.arch"}
@@ -63,7 +65,7 @@ def encode(name: str, value: Any) -> Any:
     for tag, path in _CLASSES.items():
         if isinstance(value, _find(path)):
             try:
-                config = value.config() if hasattr(value, "config") else _plain_fields(value)
+                config = value.config() if hasattr(value, "config") else _plain_fields(name, value)
             except TypeError as error:
                 raise TypeError(f"{name} cannot be saved: {error}") from None
             record = {"__tag__": tag, "config": config}
@@ -74,13 +76,9 @@ def encode(name: str, value: Any) -> Any:
     )
 
 
-def _plain_fields(options: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass of options, or raise TypeError unless they are names and numbers."""
-    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    for name, value in fields.items():
-        if not (value is None or isinstance(value, (bool, str, numbers.Real))):
-            raise TypeError(f"{type(options).__name__}.{name} is a {type(value).__name__}, not a name or a number.")
-    return fields
+def _plain_fields(name: str, options: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass of options as names and numbers, or raise TypeError."""
+    return {f.name: encode(f"{name}.{f.name}", getattr(options, f.name)) for f in dataclasses.fields(options)}
 
 
 def _frozen(name: str, module: torch.nn.Module) -> list[str]:
@@ -122,8 +120,8 @@ def decode(value: Any) -> Any:
         raise ValueError(f"unknown kind of object {value.get('__tag__')!r} in the file; valid: {', '.join(_BUILDERS)}.")
     build = _find(_BUILDERS[value["__tag__"]])
     config = value["config"]
-    if value["__tag__"] in ("lbfgs", "cg"):
-        return build(**config)
+    if value["__tag__"] in ("lbfgs", "cg", "mode"):
+        return build(**{k: decode(v) for k, v in config.items()})
     _import_kernels(config)
     module = build(config)
     if "frozen" in value:

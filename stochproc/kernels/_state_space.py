@@ -258,6 +258,24 @@ class StateSpace:
 
         return BlockStateSpace(parts, joint=True)
 
+    def join(self) -> StateSpace:
+        """Join the processes of the last batch axis into one whose outputs are observed together.
+
+        Returns
+        -------
+        StateSpace
+            Of b D states and b r outputs for a last batch axis of length b, block diagonal: what :meth:`stack` makes
+            of its elements, at one evaluation of the transitions for all of them.
+
+        Raises
+        ------
+        ValueError
+            If there is no batch axis.
+        """
+        from stochproc.kernels._state_space_algebra import JoinedStateSpace
+
+        return JoinedStateSpace(self)
+
     def _step(self, dt: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and Q for checked float64 steps (*#batch, n); negative ones come if Q is zero."""
         F, noise = self.F.to(dt), (self.L @ self.Qc @ self.L.mT).to(dt)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stochproc.kernels._state_space import StateSpace
 
-__all__ = ["BlockStateSpace", "ProductStateSpace", "ScaledStateSpace"]
+__all__ = ["BlockStateSpace", "JoinedStateSpace", "ProductStateSpace", "ScaledStateSpace"]
 
 
 class BlockStateSpace(StateSpace):
@@ -63,6 +63,44 @@ class BlockStateSpace(StateSpace):
 
     def _prior(self, t: Tensor) -> Tensor:
         return block_diagonal([p._prior(t) for p in self.parts])
+
+
+class JoinedStateSpace(StateSpace):
+    """The processes of the last batch axis as the outputs of one process."""
+
+    def __init__(self, inner: StateSpace) -> None:
+        if not inner.batch_shape:
+            raise ValueError("join needs a state space with a batch axis; got one without.")
+        self.inner = inner
+        b = inner.batch_shape[-1]
+        eye = torch.eye(b, dtype=inner.H.dtype, device=inner.device)
+        super().__init__(
+            spread(inner.F, 2),
+            spread(inner.L, 2),
+            spread(inner.Qc, 2),
+            kron(eye, inner.H),
+            spread(inner.P0, 2),
+            t0=inner.t0,
+            name=f"{b} of {inner.name}",
+        )
+
+    @property
+    def noiseless(self) -> bool:
+        """See :attr:`StateSpace.noiseless`."""
+        return self.inner.noiseless
+
+    def derivative_output(self) -> Tensor:
+        """Return H F, process by process; see :meth:`StateSpace.derivative_output`."""
+        return spread(self.inner.derivative_output(), 2)
+
+    def _step(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(self._spread(x) for x in self.inner._step(dt.unsqueeze(-2)))  # type: ignore[return-value]
+
+    def _prior(self, t: Tensor) -> Tensor:
+        return self._spread(self.inner._prior(t.unsqueeze(-2)))
+
+    def _spread(self, x: Tensor) -> Tensor:
+        return spread(x.expand(*x.shape[:-4], self.inner.batch_shape[-1], *x.shape[-3:]), 3)
 
 
 class ScaledStateSpace(StateSpace):
@@ -150,6 +188,14 @@ class ProductStateSpace(StateSpace):
 def multiply(parts: Sequence[StateSpace]) -> StateSpace:
     """Return the product of one or more stationary processes."""
     return reduce(ProductStateSpace, parts)
+
+
+def spread(x: Tensor, own: int) -> Tensor:
+    """Make blocks along the axis before the last ``own`` one block-diagonal matrix: (b, *, i, j) to (*, b i, b j)."""
+    b = x.shape[-own - 1]
+    moved = x.movedim(-own - 1, -3)
+    eye = torch.eye(b, dtype=x.dtype, device=x.device)
+    return (moved[..., :, :, None, :] * eye[:, None, :, None]).flatten(-4, -3).flatten(-2)
 
 
 def kron(a: Tensor, b: Tensor) -> Tensor:

@@ -146,6 +146,41 @@ def test_a_batched_outputscale_makes_a_batch_of_one_kernel():
     torch.testing.assert_close(state_space.P0[1], 4 * state_space.P0[0])
 
 
+@pytest.mark.parametrize("nu", [0.5, 1.5, 2.5])
+def test_joining_a_batch_is_stacking_its_elements(nu):
+    scales, variances = torch.tensor([0.3, 0.7, 2.0]), torch.tensor([1.0, 0.2, 3.0])
+    batch = Scale(Matern(scales[:, None], nu=nu, batch_shape=(3,)), variances[:, None], batch_shape=(3,))
+    joined = batch.double().state_space().join()
+    stacked = StateSpace.stack(
+        [Scale(Matern(s, nu=nu), v).double().state_space() for s, v in zip(scales, variances, strict=True)]
+    )
+    times = torch.tensor([0.0, 0.1, 5.0])
+    pairs = [
+        *zip(joined.transition(times), stacked.transition(times), strict=True),
+        (joined.prior(times[0]), stacked.prior(times[0])),
+        (joined.H, stacked.H),
+        (joined.covariance(times, times), stacked.covariance(times, times)),
+    ]
+    if nu > 0.5:
+        pairs.append((joined.derivative_output(), stacked.derivative_output()))
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=1e-15, atol=0)
+
+
+def test_joining_shares_one_kernel_among_scaled_processes():
+    joined = Scale(Matern(0.5, nu=1.5), torch.tensor([[1.0], [2.0]]), batch_shape=(2,)).double().state_space().join()
+    t = torch.tensor([0.0, 0.4])
+    cov = joined.covariance(t, t)
+    assert cov.shape == (2, 2, 2, 2)
+    torch.testing.assert_close(cov[..., 1, 1], 2 * cov[..., 0, 0])
+    assert not bool(cov[..., 0, 1].any())
+
+
+def test_joining_needs_a_batch():
+    with pytest.raises(ValueError, match="batch axis"):
+        Matern(1.0, nu=0.5).state_space().join()
+
+
 def test_stacked_processes_are_independent_outputs(gen):
     kernels = [Matern(0.7, nu=1.5), 2.0 * Linear(0.3, 0.7), RBF(1.0) + Matern(0.4, nu=0.5)]
     stack = StateSpace.stack([k.state_space() for k in kernels])
