@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from linear_operator import LinearOperator
+from linear_operator.utils.broadcasting import _matmul_broadcast_shape as check_product
 from torch import Tensor
 
 from stochproc.kernels._base import Kernel, Tensors
@@ -117,6 +118,16 @@ class KernelOperator(LinearOperator):
         v = rhs.unsqueeze(-1) if rhs.ndim == 1 else rhs
         out = self._call(matvec, self.x, self.y, v, backend=self.backend)
         return out.squeeze(-1) if rhs.ndim == 1 else out
+
+    def matmul(self, other: Any) -> Any:
+        """Multiply by a matrix, a vector or another operator; a product with a tensor has derivatives of any order.
+
+        The product of linear_operator would have a first derivative alone, and drop a second one without a word.
+        """
+        if not isinstance(other, Tensor):
+            return super().matmul(other)
+        check_product(self.shape, other.shape)
+        return self._matmul(other)
 
     def _size(self) -> torch.Size:
         return torch.Size((*self.x.shape[:-2], self.x.shape[-2], self.y.shape[-2]))

@@ -137,3 +137,25 @@ def test_a_kernel_written_as_a_function_works_as_an_operator(gen):
     op = kernel.operator(x, backend="chunked")
     torch.testing.assert_close(op @ v, torch.exp(-torch.cdist(x, x)) @ v)
     torch.testing.assert_close(op.diagonal(), torch.ones(70))
+
+
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_products_have_second_derivatives(backend, gen):
+    x = torch.randn(7, 2, generator=gen, requires_grad=True)
+    kernel = Scale(RBF(0.7), 1.3).double()
+    v = torch.randn(7, 2, generator=gen, requires_grad=True)
+    inputs = [x, v, *kernel.parameters()]
+
+    def second(product):
+        first = torch.autograd.grad(product.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    want = second(kernel.dense(x) @ v)
+    for got, exact in zip(second(kernel.operator(x, backend=backend) @ v), want, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+def test_products_check_shapes(gen):
+    op, _, _, _ = make(gen)
+    with pytest.raises((RuntimeError, ValueError)):
+        op @ torch.ones(7, 2)
