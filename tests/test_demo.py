@@ -15,6 +15,7 @@ from stochproc import __main__ as command_line
 from stochproc.demo import discover, run_demo
 from stochproc.demo._report import Lead, PartReport, Row, table_as_text
 from stochproc.demo._scores import LEVELS, Forecast, GaussianForecaster, compare, forecast
+from stochproc.demo.part_functional import MaskedDecomposition
 from stochproc.demo.part_gp import RootTarget
 
 GOOD = """
@@ -300,6 +301,54 @@ def test_the_part_on_networks_is_complete(tmp_path):
             assert 0 <= row["metrics"]["calibration error"] <= 1
     _, links = check_page(tmp_path)
     assert links == ["networks_digits.png"]
+
+
+@pytest.mark.slow
+def test_the_part_on_functional_tensors_is_complete(tmp_path):
+    pytest.importorskip("tensorly")
+    assert command_line.main(["demo", "--parts", "functional", "--quick", "--output", str(tmp_path)]) == 0
+    (part,) = results(tmp_path)["parts"]
+    assert part["status"] == "ok"
+    assert not part["warnings"]
+    assert len(part["rows"]) == 16
+    for row in part["rows"]:
+        metrics = row["metrics"]
+        assert set(metrics) == {"RMSE", "log density", "90 % coverage", "seconds"}
+        assert all(value is not None and math.isfinite(value) for value in metrics.values())
+        assert (row["lead"] is None) == (row["model"] == "functional Tucker")
+    rmse = {(row["data"], row["model"]): row["metrics"]["RMSE"] for row in part["rows"]}
+    for data in {row["data"] for row in part["rows"]}:
+        # The entries have a standard deviation of some 450 units.
+        assert rmse[data, "functional Tucker"] < 100
+    _, links = check_page(tmp_path)
+    assert links == ["functional_kinetic.png"]
+
+
+def test_the_part_on_functional_tensors_is_skipped_without_tensorly(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorly", None)
+    monkeypatch.setitem(sys.modules, "tensorly.datasets", None)
+    assert run_demo(tmp_path / "out", ["functional"], quick=True) == 0
+    (part,) = results(tmp_path / "out")["parts"]
+    assert part["status"] == "skipped"
+    assert part["reason"].startswith("load_kinetic needs tensorly")
+
+
+def truncated(tensor, mask, n_iter):
+    """The first singular vectors, of a matrix that is known but for one row."""
+    u, s, v = np.linalg.svd(tensor[mask.any(axis=1)])
+    left = np.zeros((len(tensor), 1))
+    left[mask.any(axis=1)] = u[:, :1]
+    return np.diag(s[:1]), [left, v[:1].T]
+
+
+def test_the_baseline_fills_slices_that_were_never_measured_by_splines():
+    # Rank one, and a cubic along the first axis, which a spline through the other rows reproduces to rounding.
+    axes = [np.arange(7.0), np.array([10.0, 20.0, 40.0])]
+    table = np.outer(axes[0] ** 3 + 1, [1.0, 2.0, -1.0])
+    X = np.array([[i, j] for i in axes[0] for j in axes[1]])
+    known = X[:, 0] != 3
+    model = MaskedDecomposition(truncated, axes, 1).fit(X[known], table.ravel()[known])
+    np.testing.assert_allclose(model.predict(X), table.ravel(), atol=1e-10)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from stochproc.demo._report import Lead
 
-__all__ = ["LEVELS", "Forecast", "GaussianForecaster", "compare", "forecast"]
+__all__ = ["LEVELS", "Forecast", "GaussianForecaster", "ask", "compare", "forecast"]
 
 # Nominal coverages; 0.9 is one of them.
 LEVELS = np.linspace(0.05, 0.95, 19)
@@ -120,8 +120,27 @@ def forecast(model: Any, X_train: np.ndarray, y_train: np.ndarray, X_test: np.nd
     """
     start = time.perf_counter()
     model.fit(X_train, y_train)
+    return ask(model, X_test, y_test, seconds=time.perf_counter() - start)
+
+
+def ask(model: Any, X_test: np.ndarray, y_test: np.ndarray, *, seconds: float) -> Forecast:
+    """Let a fitted probabilistic regressor predict rows it has not seen.
+
+    Parameters
+    ----------
+    model : regressor
+        See :func:`forecast`.
+    X_test, y_test : ndarray of shape (n, n_features) and (n,)
+    seconds : float
+        That the fit took.
+
+    Returns
+    -------
+    Forecast
+    """
+    start = time.perf_counter()
     mean, _ = model.predict(X_test, return_std=True)
-    seconds = time.perf_counter() - start
+    seconds += time.perf_counter() - start
     tails = (1 - LEVELS) / 2
     ends = model.predict_quantiles(X_test, np.concatenate([tails, 1 - tails]))
     density = model.log_predictive_density(X_test, y_test)
