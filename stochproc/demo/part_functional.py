@@ -76,7 +76,7 @@ def run(context: Context) -> list[Row]:
         "Masked CP and Tucker are those of tensorly, which fill the whole tensor in each of some hundred iterations; "
         "stopped after about the time of the functional fits, they were still improving slowly. They know nothing of a "
         "wavelength or minute that was never measured: splines through their factors fill it in here. Their spread is "
-        "that of the residuals. Ranks are the same for both libraries, chosen with several splits of these data in view. "
+        "that of the residuals. Ranks are the same for both libraries, chosen with some splits of these data in view. "
         "At hidden wavelengths and where runs were cut short, intervals of the functional models are too narrow: their "
         "posterior treats modes as independent."
     )

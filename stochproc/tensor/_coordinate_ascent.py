@@ -152,7 +152,8 @@ class Decomposition:
         n = factor_of_rows * len(rows)
         if self.frozen is not None:
             squares, n = squares + self.frozen.squares, n + self.frozen.n
-        if keep:
+        if keep and factor_of_rows != 1:
+            # A batch says what all rows do only on average; of all rows the noise is exact, damped messages or not.
             squares, n = keep * self.squares + (1 - keep) * squares, keep * self.n + (1 - keep) * n
         self.squares, self.n = squares, n
         self.noise.update(n, squares)

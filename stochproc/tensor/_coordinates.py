@@ -15,7 +15,7 @@ from stochproc._base import FLOATS, as_array
 from stochproc.exceptions import DataWarning
 from stochproc.tensor._modes import Mode
 
-__all__ = ["as_coordinates", "column_name", "columns_of", "distinct", "place", "sort_categories", "warn_if_coarse"]
+__all__ = ["as_coordinates", "as_known", "column_name", "columns_of", "distinct", "place", "warn_if_coarse"]
 
 
 def column_name(estimator: Any, k: int) -> str:
@@ -32,11 +32,15 @@ def columns_of(estimator: Any, X: Any, modes: Sequence[Mode] | None, *, reset: b
     X = as_array(X)
     if np.ma.isMaskedArray(X):
         raise TypeError("X must hold numbers and categories; got a masked array. Leave missing entries out.")
+    _refuse_dates(X, modes)
     plain = modes is None or not any(m.kind == "discrete" for m in modes)
     if plain:
         table: Any = validate_data(estimator, X, dtype=FLOATS, ensure_all_finite=False, reset=reset)
         found = [np.asarray(table[:, k], dtype=np.float64) for k in range(table.shape[1])]
     else:
+        if hasattr(X, "dtypes") and len(set(X.dtypes)) > 1:
+            # Each column as it is: a common type would round whole numbers, or not exist.
+            X = X.astype(object)
         table = validate_data(estimator, X, dtype=None, ensure_all_finite=False, reset=reset)
         found = [np.asarray(table[:, k]) for k in range(table.shape[1])]
     if modes is None:
@@ -46,6 +50,20 @@ def columns_of(estimator: Any, X: Any, modes: Sequence[Mode] | None, *, reset: b
     return [
         as_coordinates(estimator, column, mode, k) for k, (column, mode) in enumerate(zip(found, modes, strict=True))
     ]
+
+
+def _refuse_dates(X: Any, modes: Sequence[Mode] | None) -> None:
+    """Raise TypeError for dates as coordinates, which scikit-learn would turn into whole numbers in silence."""
+    dtypes = list(X.dtypes) if hasattr(X, "dtypes") and getattr(X, "ndim", 0) == 2 else [getattr(X, "dtype", None)]
+    for k, dtype in enumerate(dtypes):
+        discrete = modes is not None and k < len(modes) and modes[k].kind == "discrete"
+        if getattr(dtype, "kind", None) in ("m", "M") and not discrete:
+            names = getattr(X, "columns", None)
+            where = f"column {k}" if names is None else f"column {k} ({names[k]!r})"
+            raise TypeError(
+                f"X must hold numbers in {where}; got dates. Pass for instance "
+                "(dates - dates[0]) / numpy.timedelta64(1, 'D')."
+            )
 
 
 def as_coordinates(estimator: Any, column: np.ndarray, mode: Mode, k: int) -> np.ndarray:
@@ -83,23 +101,62 @@ def _numbers(estimator: Any, column: np.ndarray, k: int) -> np.ndarray:
 
 
 def _categories(estimator: Any, column: np.ndarray, k: int) -> np.ndarray:
-    missing = column != column if column.dtype.kind in "fO" else np.zeros(len(column), dtype=bool)
-    if column.dtype.kind == "O":
-        missing = np.asarray([value is None or value != value for value in column], dtype=bool)
+    """Numbers as float64, anything else as text."""
+    missing = np.zeros(len(column), dtype=bool)
+    if column.dtype.kind in "fmM":
+        missing = column != column
+    elif column.dtype.kind == "O":
+        missing = np.asarray([_is_missing(value) for value in column], dtype=bool)
     if missing.any():
         row = int(np.flatnonzero(missing)[0])
         raise ValueError(f"X must hold a category in every row; got NaN in row {row} of {column_name(estimator, k)}.")
-    if column.dtype.kind == "f" and not np.isfinite(column).all():
-        row = int(np.flatnonzero(~np.isfinite(column))[0])
+    plain = column.dtype.kind in "biuf" or (column.dtype.kind == "O" and all(map(_is_number, column)))
+    if not plain:
+        return np.asarray([_text(value) for value in column], dtype=object)
+    numbers = column.astype(np.float64) + 0.0
+    if not np.isfinite(numbers).all():
+        row = int(np.flatnonzero(~np.isfinite(numbers))[0])
         raise ValueError(f"X must be finite; got infinity in row {row} of {column_name(estimator, k)}.")
-    if column.dtype.kind == "O" and all(isinstance(v, (int, float, np.number)) for v in column):
+    if (np.abs(numbers) >= 2**53).any():
+        row = int(np.flatnonzero(np.abs(numbers) >= 2**53)[0])
+        raise ValueError(
+            f"X must hold categories below 2**53 in size if they are numbers; got {column[row]} in row {row} of "
+            f"{column_name(estimator, k)}, which float64 cannot tell from its neighbours. Pass them as text."
+        )
+    return numbers
+
+
+def _is_missing(value: Any) -> bool:
+    try:
+        return value is None or bool(value != value)
+    except TypeError:
+        # pandas.NA is neither equal nor unequal to anything.
+        return True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number, np.bool_))
+
+
+def _text(value: Any) -> str:
+    """Text of a category; that of a number is the same for all its types."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if not _is_number(value):
+        return str(value)
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
+def as_known(estimator: Any, column: np.ndarray, categories: np.ndarray | None, k: int) -> np.ndarray:
+    """Bring categories to the kind, text or numbers, of those that the fit saw; ValueError if they cannot be."""
+    if categories is None or (column.dtype.kind == "O") == (categories.dtype.kind == "O"):
+        return column
+    if categories.dtype.kind == "O":
+        return np.asarray([_text(value) for value in column], dtype=object)
+    try:
         return column.astype(np.float64)
-    return column.astype(np.float64) if column.dtype.kind in "biuf" else column.astype(str).astype(object)
-
-
-def sort_categories(column: np.ndarray) -> np.ndarray:
-    """Distinct categories in ascending order."""
-    return np.unique(column)
+    except ValueError as error:
+        raise ValueError(f"X must hold numbers in {column_name(estimator, k)}, as in fit: {error}.") from None
 
 
 def distinct(column: np.ndarray, mode: Mode, device: torch.device) -> tuple[Tensor, Tensor, np.ndarray | None]:

@@ -16,7 +16,7 @@ __all__ = ["Factor"]
 
 # Values of functions whose joint covariance is factored for draws.
 _JOINT_UP_TO = 1000
-# Numbers that smoothers of several draws may hold at once.
+# Numbers that smoothers of many query points or of several draws may hold at once.
 _NUMBERS_AT_ONCE = 1 << 24
 
 
@@ -71,8 +71,11 @@ class Factor:
 
     def at(self, query: Float[Tensor, " m"]) -> Posterior:
         """Posterior at any points, distinct and in ascending order."""
+        # Some at a time: with as many as there are points, the points are smoothed at most as often as the queries.
+        size = max(1, len(self.points), _NUMBERS_AT_ONCE // self.prior.numbers_a_point)
         with torch.no_grad():
-            return self.prior.posterior(self.points, self.Lam, self.eta, query)
+            found = [self.prior.posterior(self.points, self.Lam, self.eta, some) for some in query.split(size)]
+        return Posterior(torch.cat([f.mean for f in found]), torch.cat([f.cov for f in found]), found[0].log_z)
 
     def draw(self, query: Float[Tensor, " m"], n_samples: int, generator: torch.Generator) -> Float[Tensor, "s m r"]:
         """Draw the functions jointly at distinct points in ascending order.

@@ -21,13 +21,13 @@ from stochproc._persistence import as_tensor
 from stochproc._random import make_generator
 from stochproc.exceptions import DataWarning
 from stochproc.tensor._coordinate_ascent import Decomposition, Rows
-from stochproc.tensor._coordinates import columns_of, distinct, warn_if_coarse
+from stochproc.tensor._coordinates import as_known, columns_of, distinct, warn_if_coarse
 from stochproc.tensor._fitting import Outcome, ascend, fit
 from stochproc.tensor._functional_parameters import MAX_CORE, weights_of
 from stochproc.tensor._functional_predictions import FunctionalPredictions
 from stochproc.tensor._functional_saved import FunctionalSaved
 from stochproc.tensor._links import TuckerLink
-from stochproc.tensor._modes import as_modes
+from stochproc.tensor._modes import Mode, as_modes
 from stochproc.tensor._priors import MarkovPrior
 from stochproc.tensor._progress import Progress, Stopped
 from stochproc.tensor._starting_parts import Grid, Settings
@@ -49,7 +49,10 @@ class FunctionalDecomposition(FunctionalSaved, FunctionalPredictions):
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()  # type: ignore[misc]
         tags.input_tags.categorical = True
-        tags.input_tags.string = any(getattr(m, "kind", m) == "discrete" for m in self.modes or ())  # type: ignore[attr-defined]
+        modes: Any = self.modes  # type: ignore[attr-defined]
+        # What is neither is refused by fit.
+        said = modes if isinstance(modes, (list, tuple)) else ()
+        tags.input_tags.string = any(getattr(m, "kind", m) == "discrete" for m in said)
         return tags
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -101,7 +104,9 @@ class FunctionalDecomposition(FunctionalSaved, FunctionalPredictions):
         self._warn_unless_converged()
         return self
 
-    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, *, forget: float = 1.0, n_sweeps: int = 2) -> Any:
+    def partial_fit(
+        self, X: Any, y: Any, sample_weight: Any = None, *, forget: float | int = 1.0, n_sweeps: int = 2
+    ) -> Any:
         """Learn from more rows without the old ones, of which only what they said of each point is kept.
 
         Parameters
@@ -130,14 +135,14 @@ class FunctionalDecomposition(FunctionalSaved, FunctionalPredictions):
         and one smoother over all points a mode and sweep. One pass understates precision: the messages of early rows
         come from functions that were not yet known, so that intervals of 90 % cover some 95 %.
         """
-        if not hasattr(self, "_model"):
-            return self.fit(X, y, sample_weight)
         check_integer("n_sweeps", n_sweeps, 1)
         check_positive("forget", forget)
         if forget > 1:
             raise ValueError(f"forget must lie in (0, 1]; got {forget}.")
+        if not hasattr(self, "_model"):
+            return self.fit(X, y, sample_weight)
         with old_fit_unless_new(self, "_model"), torch.inference_mode(False):
-            columns = columns_of(self, X, self._modes, reset=False)
+            columns = self._alike(columns_of(self, X, self._modes, reset=False))
             columns, values, weight = self._observed(columns, y, sample_weight)
             model = copy.deepcopy(self._model)
             rows, categories = continued(model, self._modes, self._categories, columns, self._scaled(values), weight)
@@ -160,7 +165,8 @@ class FunctionalDecomposition(FunctionalSaved, FunctionalPredictions):
         columns, values, weight = self._observed(columns, y, sample_weight, reset=True)
         progress = Progress(int(self.verbose), callback)  # type: ignore[attr-defined]
         if warm:
-            self._go_on(columns, values, weight, settings, progress, given)
+            self._check_unchanged(modes, settings)
+            self._go_on(self._alike(columns), values, weight, settings, progress, given)
             return
 
         found = [distinct(column, mode, device) for column, mode in zip(columns, modes, strict=True)]
@@ -186,14 +192,13 @@ class FunctionalDecomposition(FunctionalSaved, FunctionalPredictions):
 
         def finish(outcome: Outcome) -> None:
             self._modes = modes
-            self._settings_used = settings
-            self._describe(outcome, len(rows), unit)
+            self._describe(outcome, unit)
             self._set(outcome.model, categories, shift, unit, given)
 
         try:
             outcome = fit(training, validation, grid, settings, generator, progress)
         except (KeyboardInterrupt, Stopped) as stop:
-            if progress.left is not None and progress.left.bounds:
+            if progress.left is not None:
                 finish(progress.left)
             if isinstance(stop, Stopped):
                 return
@@ -210,19 +215,22 @@ class FunctionalDecomposition(FunctionalSaved, FunctionalPredictions):
         given: Given,
     ) -> None:
         """Sweep on from the present fit, over these rows alone."""
-        if tuple(f.rank for f in self._model.factors) != settings.ranks and not settings.ard:
-            raise ValueError(f"rank must be that of the present fit with warm_start=True; got {settings.ranks}.")
         model = copy.deepcopy(self._model)
-        model.frozen = None
+        model.noise.fixed = None if settings.noise is None else 1 / settings.noise
+        model.chunk_size = settings.chunk_size
+        if isinstance(model.link, TuckerLink):
+            model.link.learn_variance = settings.core_variance == "learn"
+            if not model.link.learn_variance:
+                model.link.prior_variance = float(settings.core_variance)
         rows, categories = continued(model, self._modes, self._categories, columns, self._scaled(values), weight)
         outcome = Outcome(model, start="warm")
         progress.phase = "warm start"
-        if settings.learn_hyperparameters:
+        if settings.learn_hyperparameters or settings.ard:
             for factor in model.factors:
                 factor.prior.resume()
 
         def finish() -> None:
-            self._describe(outcome, len(rows), self._y_unit)
+            self._describe(outcome, self._y_unit)
             self._set(model, categories, self._y_shift, self._y_unit, given)
 
         try:
@@ -235,6 +243,19 @@ class FunctionalDecomposition(FunctionalSaved, FunctionalPredictions):
                 return
             raise
         finish()
+
+    def _check_unchanged(self, modes: Sequence[Mode], settings: Settings) -> None:
+        """Refuse to go on where the present fit has another shape."""
+        for k, (new, old) in enumerate(zip(modes, self._modes, strict=True)):
+            if (new.kind, new.period) != (old.kind, old.period):
+                raise ValueError(f"modes must be those of the present fit with warm_start=True; got {new} in {k}.")
+        if self._model.link.ranks != settings.ranks and not settings.ard:
+            raise ValueError(f"rank must be that of the present fit with warm_start=True; got {settings.ranks}.")
+
+    def _alike(self, columns: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Bring categories to the kind that the fit saw."""
+        known = zip(columns, self._categories, strict=True)
+        return [as_known(self, column, seen, k) for k, (column, seen) in enumerate(known)]
 
     def _observed(
         self, columns: list[np.ndarray], y: Any, sample_weight: Any, *, reset: bool = False
@@ -263,15 +284,15 @@ class FunctionalDecomposition(FunctionalSaved, FunctionalPredictions):
         largest = float(np.abs(values).max())
         if largest == 0:
             return 0.0, 1.0
-        # Of values of size 1, whose squares neither overflow nor vanish.
         scaled = values / largest
         shift = float(scaled.mean()) if self.center else 0.0  # type: ignore[attr-defined]
         spread = float(np.sqrt(np.mean((scaled - shift) ** 2)))
         if spread <= 10 * np.finfo(np.float64).eps:
             spread = 1.0 / largest if shift else 1.0
         unit = spread * largest
-        if not (np.isfinite(unit) and unit > 0 and np.isfinite(shift * largest)):
-            raise ValueError("y must have a finite mean and positive spread in float64; rescale it.")
+        if not (1e-150 < unit < 1e150 and np.isfinite(shift * largest)):
+            # Variances are in squared units.
+            raise ValueError(f"y must have a spread between 1e-150 and 1e150; got {unit:.3g}. Rescale it.")
         return shift * largest, unit
 
     def _held_out(self, n: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
@@ -287,10 +308,10 @@ class FunctionalDecomposition(FunctionalSaved, FunctionalPredictions):
         device = self._model.factors[0].mean.device
         return as_tensor((values - self._y_shift) / self._y_unit, torch.float64, device)
 
-    def _describe(self, outcome: Outcome, n: int, unit: float) -> None:
+    def _describe(self, outcome: Outcome, unit: float) -> None:
         """Set what a fit reports about itself."""
         log_unit = float(np.log(unit))
-        self.elbo_ = np.asarray(outcome.bounds) - n * log_unit
+        self.elbo_ = np.asarray(outcome.bounds) - outcome.n_rows * log_unit
         self.validation_score_ = np.asarray(outcome.scores) - log_unit
         self.n_iter_ = len(outcome.bounds)
         self.converged_ = outcome.converged

@@ -28,7 +28,8 @@ class FunctionalCP(FunctionalDecomposition, RegressorMixin, BaseEstimator):
         Number of components; with ``ard`` the largest number.
     modes : list or None, default=None
         One entry a column of X: "continuous", "discrete" or a :class:`Mode`, which also says the period or a kernel
-        of its own. None: all continuous; integers are never taken for categories unless asked.
+        of its own. None: all continuous; integers are never taken for categories unless asked. Categories are numbers
+        below 2**53 in size or text; among text, numbers stand for their decimal text.
     kernel : str or Kernel, default="matern12"
         Covariance of the functions of continuous modes: "matern12", "matern32", "matern52", "rbf", or a kernel with a
         state space and variance of about 1. Rough by default; "matern32" where the functions are smooth.
@@ -65,7 +66,8 @@ class FunctionalCP(FunctionalDecomposition, RegressorMixin, BaseEstimator):
     tol : float, default=1e-5
         Without held-out rows: stop when the bound changed by less than this share of itself in three sweeps.
     n_init : int, default=2
-        Number of starts that get four sweeps each; the best on held-out rows (or by the bound) goes on.
+        Number of starts that get four sweeps each. A later one takes the place of an earlier one if it predicts
+        held-out rows better by three standard errors, or by the bound where none are held out.
     init : {"auto", "degree", "greedy", "random"} or list of array, default="auto"
         "degree" starts at products of polynomials by total degree and needs no seed, "greedy" picks them one by one,
         "auto" tries both, and more starts are perturbed or random. Arrays give the functions at the distinct points
@@ -86,8 +88,8 @@ class FunctionalCP(FunctionalDecomposition, RegressorMixin, BaseEstimator):
     verbose : int, default=0
         1 shows a line a sweep on stderr.
     warm_start : bool, default=False
-        Whether ``fit`` goes on from the present fit, with the rows it is given, without holding out any; centre,
-        scale and hyperparameter priors stay.
+        Whether ``fit`` goes on from the present fit, with the rows it is given, without holding out any. Modes and rank
+        must be the same; centre, scale, kernels, and priors of hyperparameters stay, whatever the parameters say.
 
     Attributes
     ----------
@@ -102,8 +104,8 @@ class FunctionalCP(FunctionalDecomposition, RegressorMixin, BaseEstimator):
     noise_variance_ : float
         Posterior noise variance, 1 / E[precision], in squared units of y.
     elbo_ : ndarray of shape (n_sweeps,)
-        Lower bound of log p(y), plus the log prior of learned hyperparameters, after each sweep of the final fit, in
-        nats and the units of y.
+        Lower bound of log p(y) after each sweep of the final fit, in nats and the units of y; plus, up to
+        a constant, the log prior of learned hyperparameters.
     validation_score_ : ndarray
         Mean log density of held-out rows after each sweep before the refit; empty if none were held out.
     n_iter_ : int
@@ -153,18 +155,18 @@ class FunctionalCP(FunctionalDecomposition, RegressorMixin, BaseEstimator):
         modes: Any = None,
         kernel: Any = "matern12",
         lengthscale: Any = None,
-        variance: float = 0.3,
-        noise: float | None = None,
+        variance: float | int = 0.3,
+        noise: float | int | None = None,
         learn_hyperparameters: bool = True,
         share_lengthscale: bool = True,
         learn_variance: bool = False,
         ard: bool = False,
-        damping: float = 0.0,
+        damping: float | int = 0.0,
         center: bool = True,
         early_stopping: bool = True,
-        validation_fraction: float = 0.1,
+        validation_fraction: float | int = 0.1,
         max_iter: int = 100,
-        tol: float = 1e-5,
+        tol: float | int = 1e-5,
         n_init: int = 2,
         init: Any = "auto",
         handle_unknown: str = "prior",
@@ -274,18 +276,18 @@ class FunctionalTucker(FunctionalDecomposition, RegressorMixin, BaseEstimator):
         modes: Any = None,
         kernel: Any = "matern12",
         lengthscale: Any = None,
-        variance: float = 0.3,
-        noise: float | None = None,
+        variance: float | int = 0.3,
+        noise: float | int | None = None,
         learn_hyperparameters: bool = True,
         share_lengthscale: bool = True,
         learn_variance: bool = False,
         ard: bool = False,
-        damping: float = 0.0,
+        damping: float | int = 0.0,
         center: bool = True,
         early_stopping: bool = True,
-        validation_fraction: float = 0.1,
+        validation_fraction: float | int = 0.1,
         max_iter: int = 100,
-        tol: float = 1e-5,
+        tol: float | int = 1e-5,
         n_init: int = 2,
         init: Any = "auto",
         handle_unknown: str = "prior",

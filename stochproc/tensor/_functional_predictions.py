@@ -18,7 +18,7 @@ from stochproc._checks import check_integer
 from stochproc._persistence import as_tensor
 from stochproc._random import make_generator
 from stochproc.tensor._coordinate_ascent import Decomposition, Rows, diagonal_of
-from stochproc.tensor._coordinates import as_coordinates, column_name, columns_of, place
+from stochproc.tensor._coordinates import as_coordinates, as_known, column_name, columns_of, place
 from stochproc.tensor._dense import dense_moments
 from stochproc.tensor._functional_parameters import weights_of
 from stochproc.tensor._joint_law import joint_covariance
@@ -340,6 +340,7 @@ class FunctionalPredictions(ProbabilisticRegressorMixin):
         if not checked:
             column = as_coordinates(self, column.reshape(-1), mode, k)
         if mode.kind == "discrete":
+            column = as_known(self, column, self._categories[k], k)
             column = place(column, self._categories[k])
             unknown = column >= len(self._categories[k])
             if self.handle_unknown == "error" and unknown.any():  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import norm
+from sklearn.utils.validation import check_is_fitted
 
 from stochproc._base import as_array
 from stochproc._checks import check_integer
@@ -87,6 +88,8 @@ class LatentDisplay:
         -------
         LatentDisplay
         """
+        check_is_fitted(estimator)
+        check_integer("k", k, 0, len(estimator._modes) - 1)
         check_integer("n_points", n_points, 2)
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must lie in (0, 1); got {coverage}.")
@@ -141,13 +144,13 @@ class LatentDisplay:
                 (line,) = ax.plot(self.x, self.mean[:, r], **{"label": f"component {r + 1}", **options})
                 low, high = self.mean[:, r] - z * self.std[:, r], self.mean[:, r] + z * self.std[:, r]
                 ax.fill_between(self.x, low, high, color=line.get_color(), alpha=0.2, lw=0)
-            if len(self.observed) <= 500:
+            if len(self.observed) <= 200:
                 ax.plot(
                     self.observed,
-                    np.zeros(len(self.observed)),
+                    np.full(len(self.observed), 0.02),
                     "|",
                     color="0.4",
-                    ms=6,
+                    ms=5,
                     transform=ax.get_xaxis_transform(),
                     clip_on=False,
                 )

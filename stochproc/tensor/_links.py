@@ -185,14 +185,20 @@ class TuckerLink(Link):
         return full.permute([2 * k for k in range(K)] + [2 * k + 1 for k in range(K)]).reshape(d, d)
 
     def update(self, precision: Tensor, linear: Tensor) -> None:
-        """Set the posterior of the core from messages (d, d) and (d,); then its prior variance, if learned."""
+        """Set the posterior of the core from messages (d, d) and (d,)."""
         d = len(linear)
         self.precision, self.linear = precision, linear
         whole = precision + torch.eye(d, dtype=linear.dtype, device=linear.device) / self.prior_variance
         if self.diagonal:
             # q factorises over entries; its optimum has the exact mean and the inverse diagonal.
             start = self.mean.flatten()
-            mean = CG(rtol=1e-12, max_iter=10 * d)(whole, linear[:, None], x0=start[:, None]).unwrap()[:, 0]
+            solved = CG(rtol=1e-12, max_iter=10 * d)(whole, linear[:, None], x0=start[:, None])
+            if solved.ok:
+                mean = solved.value[:, 0]
+            else:
+                # Precise rows make it badly conditioned; the factor is dearer and needs no iterations.
+                L = cholesky_or_raise(whole, "the precision of the core")
+                mean = torch.cholesky_solve(linear[:, None], L)[:, 0]
             cov = 1 / whole.diagonal()
         else:
             L = cholesky_or_raise(whole, "the precision of the core")
@@ -231,16 +237,21 @@ class TuckerLink(Link):
         return self.mean + deviations.reshape(n_samples, *self.ranks)
 
     def keep(self, k: int, components: Tensor) -> None:
-        """Drop all other components of mode k."""
+        """Drop all other components of mode k, and what the messages say about them."""
         ranks, K = self.ranks, len(self.ranks)
+
+        def vector(v: Tensor) -> Tensor:
+            return v.reshape(ranks).index_select(k, components).flatten()
+
+        def matrix(m: Tensor) -> Tensor:
+            part = m.reshape(*ranks, *ranks).index_select(k, components).index_select(K + k, components)
+            return part.reshape(len(mean.flatten()), -1)
+
         mean = self.mean.index_select(k, components)
-        if self.diagonal:
-            cov = self.cov.reshape(ranks).index_select(k, components).flatten()
-        else:
-            cov = self.cov.reshape(*ranks, *ranks).index_select(k, components).index_select(K + k, components)
-            cov = cov.reshape(mean.numel(), mean.numel())
+        cov = vector(self.cov) if self.diagonal else matrix(self.cov)
+        if self.precision is not None and self.linear is not None:
+            self.precision, self.linear = matrix(self.precision), vector(self.linear)
         self.set(mean, cov)
-        self.precision = self.linear = None
 
 
 def khatri_rao(matrices: Sequence[Tensor]) -> Tensor:

@@ -26,13 +26,13 @@ class Noise:
         """E[tau]."""
         return self.a / self.b if self.fixed is None else self.fixed
 
-    def update(self, n: float, squares: float) -> None:
+    def update(self, n: float | int, squares: float) -> None:
         """Set q(tau) for n rows whose expected weighted squared residuals sum to ``squares``."""
         self.a = PRIOR_SHAPE + 0.5 * n
         # Rounding may leave a sum of squares that is zero in exact arithmetic below it.
         self.b = PRIOR_RATE + 0.5 * max(squares, 0.0)
 
-    def expected_log_likelihood(self, n: float, squares: float, log_weights: float) -> float:
+    def expected_log_likelihood(self, n: float | int, squares: float, log_weights: float) -> float:
         """E log p(y | f, tau) for n rows with these squares; ``log_weights`` is the sum of log w."""
         log_precision = digamma(self.a) - math.log(self.b) if self.fixed is None else math.log(self.fixed)
         return 0.5 * (n * (log_precision - math.log(2 * math.pi)) + log_weights - self.precision * squares)

@@ -18,15 +18,18 @@ def size(rank: int) -> int:
 
 @lru_cache(maxsize=256)
 def _triangle(rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.triu_indices(rank, rank, device=device)
+    # Autograd refuses tensors of inference mode, in which these may first be asked for.
+    with torch.inference_mode(False):
+        rows, columns = torch.triu_indices(rank, rank, device=device)
     return rows, columns
 
 
 @lru_cache(maxsize=256)
 def _places(rank: int, device: torch.device) -> Tensor:
     rows, columns = _triangle(rank, device)
-    places = torch.zeros(rank, rank, dtype=torch.int64, device=device)
-    places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=device)
+    with torch.inference_mode(False):
+        places = torch.zeros(rank, rank, dtype=torch.int64, device=device)
+        places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=device)
     return places
 
 

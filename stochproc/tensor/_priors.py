@@ -249,8 +249,15 @@ class MarkovPrior(FunctionPrior):
     def keep(self, components: Tensor) -> None:
         """See :meth:`FunctionPrior.keep`."""
         if not self.shared:
-            self._parts = torch.nn.ModuleList(self.parts[int(j)] for j in components)
-            self._starts = {}
+            kept, starts = components.tolist(), self._starts
+            self._parts = torch.nn.ModuleList(self.parts[j] for j in kept)
+            # Names count the components.
+            self._starts = {
+                f"_parts.{new}.{name.split('.', 2)[2]}": start
+                for new, old in enumerate(kept)
+                for name, start in starts.items()
+                if name.startswith(f"_parts.{old}.")
+            }
             return
         old = self.parts[0]
         new = Scale(old.kernel, old.outputscale.detach()[components], batch_shape=(len(components),)).double()

@@ -37,38 +37,40 @@ class Pruner:
 
     def __init__(self, model: Decomposition) -> None:
         self.model = model
-        self._small = [torch.zeros(f.rank, dtype=torch.int64, device=f.mean.device) for f in model.factors]
+        factors = model.factors if isinstance(model.link, TuckerLink) else model.factors[:1]
+        self._small = [torch.zeros(f.rank, dtype=torch.int64, device=f.mean.device) for f in factors]
         self._rest = 0
 
     def after_sweep(self, rows: Rows, *, learn: bool) -> None:
         """Drop what has been small for long enough; else merge two components if the bound does not fall by it."""
-        if isinstance(self.model.link, TuckerLink):
-            self._prune_modes(rows)
-            return
         self._rest -= 1
-        if not self._prune(rows) and self._rest <= 0 and learn:
+        if not self._prune(rows) and self._rest <= 0 and learn and isinstance(self.model.link, CPLink):
             self._merge(rows)
 
     def _prune(self, rows: Rows) -> bool:
         model = self.model
-        shares = contribution(model.factors, rows)
-        self._count(0, shares / shares.sum())
-        keep = self._kept(0)
-        if len(keep) == model.factors[0].rank:
+        if isinstance(model.link, TuckerLink):
+            for k in range(len(model.factors)):
+                self._count(k, tucker_shares(model, rows, k))
+        else:
+            shares = contribution(model.factors, rows)
+            self._count(0, shares / shares.sum())
+        kept = [self._kept(k) for k in range(len(self._small))]
+        if all(len(keep) == len(small) for keep, small in zip(kept, self._small, strict=True)):
             return False
-        _keep_components(model, keep)
-        self._small[0] = self._small[0][keep]
+        # On a copy, so that an interruption finds all modes of one rank.
+        trial = copy.deepcopy(model)
+        if isinstance(trial.link, TuckerLink):
+            for k, keep in enumerate(kept):
+                trial.factors[k].keep(keep)
+                trial.link.keep(k, keep)
+        else:
+            _keep_components(trial, kept[0])
+        # What is left takes over what was dropped, and messages, evidence and noise become those of what is left.
+        trial.sweep(rows, learn=False)
+        vars(model).update(vars(trial))
+        self._small = [small[keep] for keep, small in zip(kept, self._small, strict=True)]
         return True
-
-    def _prune_modes(self, rows: Rows) -> None:
-        link = self.model.link
-        for k, factor in enumerate(self.model.factors):
-            self._count(k, tucker_shares(self.model, rows, k))
-            keep = self._kept(k)
-            if len(keep) < factor.rank and isinstance(link, TuckerLink):
-                factor.keep(keep)
-                link.keep(k, keep)
-                self._small[k] = self._small[k][keep]
 
     def _merge(self, rows: Rows) -> None:
         """Let others take over a component, on a copy that is kept if it ends with a bound no lower."""
@@ -81,7 +83,7 @@ class Pruner:
                 trial.sweep(rows, learn=True)
             if trial.objective(rows) >= before:
                 vars(model).update(vars(trial))
-                self._small[0] = torch.zeros(model.factors[0].rank, dtype=torch.int64, device=rows.y.device)
+                self._small = [torch.zeros(model.factors[0].rank, dtype=torch.int64, device=rows.y.device)]
                 return
             self._rest = REST
 

@@ -158,11 +158,13 @@ def start_cp(name: str, rows: Rows, grid: Grid, settings: Settings, generator: t
 
 def start_tucker(model: Decomposition, rows: Rows, grid: Grid, settings: Settings) -> None:
     """Go on from CP in place: every mode with its own rank, and a superdiagonal core of small variance."""
+    # Pruning may have left fewer than there are to be; what is new has no part in any entry yet.
+    have = model.link.ranks[0]
     _widen(model, rows, grid, settings)
     ranks = settings.ranks
     like = model.factors[0].mean
     core = like.new_zeros(ranks)
-    for r in range(min(ranks)):
+    for r in range(have):
         core[(r,) * len(ranks)] = 1.0
     variance = like.new_full((core.numel(),), START_CORE_VARIANCE)
     learn = settings.core_variance == "learn"
@@ -186,7 +188,9 @@ def _start(
     start = make(rows, grid.modes, grid.points, priors, rank)
     if not number:
         return start
-    return perturbed(start, rows, torch.Generator().manual_seed(generator.initial_seed() + int(number)))
+    return perturbed(
+        start, rows, grid.modes, grid.points, torch.Generator().manual_seed(generator.initial_seed() + int(number))
+    )
 
 
 def _widen(model: Decomposition, rows: Rows, grid: Grid, settings: Settings) -> None:

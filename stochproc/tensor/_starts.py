@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ __all__ = ["Start", "basis_functions", "degree_start", "find_anchor", "greedy_st
 # Variance of functions that start as polynomials; from 0.1 fits ended 0.01 to 0.07 nats a held-out row lower on two of
 # three tables.
 START_VARIANCE = 0.02
+# Rows whose regressors are held at once.
+_ROWS_AT_ONCE = 65_536
 # Highest total degree that the greedy start tries.
 GREEDY_DEGREE = 3
 
@@ -32,22 +35,23 @@ class Start(NamedTuple):
 
 
 def _log_evidence(
-    rows: Rows, k: int, z: Tensor, y: Tensor, prior: FunctionPrior, points: Tensor
+    rows: Rows, k: int, regressors: Callable[[Rows], Tensor], c: int, prior: FunctionPrior, points: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Evidence and means of a scalar smoother in mode k, with E[tau] = 1, for regressors (n, c)."""
-    n, c = len(points), z.shape[1]
-    lam, eta = z.new_zeros(n, c), z.new_zeros(n, c)
-    lam.index_add_(0, rows.index[k], rows.weight[:, None] * z.square())
-    eta.index_add_(0, rows.index[k], (rows.weight * y)[:, None] * z)
+    """Evidence and means of a scalar smoother in mode k, with E[tau] = 1, for c regressors of rows, (n, c)."""
+    n = len(points)
+    lam, eta = rows.y.new_zeros(n, c), rows.y.new_zeros(n, c)
+    for some in rows.chunks(_ROWS_AT_ONCE, c):
+        z = regressors(some)
+        lam.index_add_(0, some.index[k], some.weight[:, None] * z.square())
+        eta.index_add_(0, some.index[k], (some.weight * some.y)[:, None] * z)
     with torch.no_grad():
         return prior.evidence(points, lam.T.contiguous(), eta.T.contiguous())
 
 
 def find_anchor(rows: Rows, priors: Sequence[FunctionPrior], points: Sequence[Tensor]) -> int:
     """The mode whose functions alone explain most: highest evidence, or of equal ones the most points."""
-    one = rows.y.new_ones(len(rows), 1)
     evidence = [
-        float(_log_evidence(rows, k, one, rows.y, prior, p)[0])
+        float(_log_evidence(rows, k, lambda some: torch.ones_like(some.y)[:, None], 1, prior, p)[0])
         for k, (prior, p) in enumerate(zip(priors, points, strict=True))
     ]
     return max(range(len(points)), key=lambda k: (round(evidence[k], 9), len(points[k])))
@@ -65,6 +69,13 @@ def basis_functions(rows: Rows, k: int, mode: Mode, points: Tensor, n_functions:
         for j in range(1, n_functions // 2 + 1):
             waves += [torch.cos(j * angle), torch.sin(j * angle)]
         return torch.stack(waves[:n_functions], 1)
+    share = _distribution(rows, k, mode, points)
+    table = np.polynomial.legendre.legvander(2 * share.cpu().numpy() - 1, max(n_functions - 1, 0))
+    return torch.as_tensor(table[:, :n_functions]).to(points.device)
+
+
+def _distribution(rows: Rows, k: int, mode: Mode, points: Tensor) -> Tensor:
+    """Empirical distribution function of mode k at its points; categories are in the order of their mean y."""
     index = rows.index[k]
     count = torch.zeros_like(rows.y[:1]).expand(len(points)).clone().index_add_(0, index, torch.ones_like(rows.y))
     order = torch.arange(len(points), device=index.device)
@@ -73,8 +84,7 @@ def basis_functions(rows: Rows, k: int, mode: Mode, points: Tensor, n_functions:
         order = (total / count.clamp(min=1)).argsort(stable=True)
     share = torch.empty_like(count)
     share[order] = (count[order].cumsum(0) - 0.5 * count[order]) / len(rows)
-    table = np.polynomial.legendre.legvander(2 * share.cpu().numpy() - 1, max(n_functions - 1, 0))
-    return torch.as_tensor(table[:, :n_functions]).to(points.device)
+    return share
 
 
 def exponents(n_modes: int, n: int) -> list[tuple[int, ...]]:
@@ -126,24 +136,30 @@ def greedy_start(
     means = [p.new_zeros(len(p), rank) for p in points]
     anchors = []
     for r in range(rank):
-        best: tuple[float, int, tuple[int, ...], Tensor, Tensor] | None = None
+        left = Rows(residual, rows.weight, rows.index)
+        best: tuple[float, int, tuple[int, ...], Tensor] | None = None
         for k in range(K):
-            others = [j for j in range(K) if j != k]
-            z = residual.new_ones(len(rows), len(candidates))
-            for at, j in enumerate(others):
-                z *= tables[j][rows.index[j]][:, [e[at] for e in candidates]]
-            log_z, functions = _log_evidence(rows, k, z, residual, priors[k], points[k])
+            regressors = partial(_products, tables, k, candidates)
+            log_z, functions = _log_evidence(left, k, regressors, len(candidates), priors[k], points[k])
             c = int(log_z.argmax())
             if best is None or float(log_z[c]) > best[0]:
-                best = (float(log_z[c]), k, candidates[c], functions[c], z[:, c])
+                best = (float(log_z[c]), k, candidates[c], functions[c])
         assert best is not None
-        _, k, chosen, function, z_best = best
+        _, k, chosen, function = best
         anchors.append(k)
         means[k][:, r] = function
         for at, j in enumerate(j for j in range(K) if j != k):
             means[j][:, r] = tables[j][:, chosen[at]]
-        residual = residual - z_best * function[rows.index[k]]
+        residual = residual - _products(tables, k, [chosen], rows)[:, 0] * function[rows.index[k]]
     return Start(means, anchors[0])
+
+
+def _products(tables: Sequence[Tensor], k: int, chosen: Sequence[tuple[int, ...]], rows: Rows) -> Tensor:
+    """Products of the chosen columns of the tables of all modes but k at rows, (n, len(chosen))."""
+    z = rows.y.new_ones(len(rows), len(chosen))
+    for at, j in enumerate(j for j in range(len(tables)) if j != k):
+        z *= tables[j][:, [e[at] for e in chosen]][rows.index[j]]
+    return z
 
 
 def random_start(points: Sequence[Tensor], rank: int, anchor: int, generator: torch.Generator) -> Start:
@@ -151,14 +167,15 @@ def random_start(points: Sequence[Tensor], rank: int, anchor: int, generator: to
     return Start([torch.randn(len(p), rank, dtype=p.dtype, generator=generator).to(p.device) for p in points], anchor)
 
 
-def perturbed(start: Start, rows: Rows, generator: torch.Generator) -> Start:
+def perturbed(
+    start: Start, rows: Rows, modes: Sequence[Mode], points: Sequence[Tensor], generator: torch.Generator
+) -> Start:
     """Add random cosines of the empirical distribution functions to all functions but those of the anchor."""
     means = list(start.means)
     for k, mean in enumerate(means):
         if k == start.anchor:
             continue
-        count = torch.bincount(rows.index[k], minlength=len(mean)).to(mean)
-        share = (count.cumsum(0) - 0.5 * count) / len(rows)
+        share = _distribution(rows, k, modes[k], points[k])
         draw = torch.rand(2, mean.shape[1], dtype=mean.dtype, generator=generator).to(mean.device)
         means[k] = mean + 0.5 * torch.cos(math.pi * (share[:, None] * 3 * draw[0] + 2 * draw[1]))
     return Start(means, start.anchor)

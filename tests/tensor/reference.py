@@ -1,7 +1,9 @@
 """Slow, obvious formulas for functional decompositions."""
 
 import itertools
+import math
 
+import numpy as np
 import torch
 
 from stochproc.kernels import Matern
@@ -72,3 +74,18 @@ def brute_force_regressors(core_mean, core_second, k, means, seconds):
 
 def markov(lengthscale=0.4, nu=1.5, variance=(0.5, 1.0), shared=True):
     return MarkovPrior(Matern(lengthscale, nu=nu).double(), torch.tensor(list(variance)), shared=shared, method="auto")
+
+
+def smooth_products(rank, seed, n=600, noise=0.05):
+    """Sums of products of two smooth functions each, of unit variance, with noise; and the truth on a grid."""
+    rng = np.random.default_rng(seed)
+    phases, sizes = rng.uniform(0, 2 * math.pi, (rank, 2, 6)), rng.normal(size=(rank, 2, 6)) / (1 + np.arange(6))
+
+    def f(X):
+        waves = np.cos(math.pi * np.arange(6) * X[:, None, :, None] + phases) * sizes
+        functions = waves.sum(-1)
+        return functions.prod(-1).sum(-1)
+
+    grid = rng.uniform(0, 1, (2000, 2))
+    unit, X = f(grid).std(), rng.uniform(0, 1, (n, 2))
+    return X, f(X) / unit + noise * rng.normal(size=n), grid, f(grid) / unit

@@ -222,3 +222,13 @@ def test_a_weight_is_a_known_precision():
     repeated = FunctionalCP(center=False, variance=0.3, **options).fit(X[index], y[index])
     # Units of y differ by what the repetition does to its root mean square, which a fixed prior variance sees.
     assert np.corrcoef(weighted.predict(X), repeated.predict(X))[0, 1] > 0.999
+
+
+def test_damped_messages_leave_the_noise_that_of_the_functions():
+    X, y = data(60)
+    model = FunctionalCP(rank=1, damping=0.5, n_init=1, tol=1e6).fit(X, y)
+    inner = model._model
+    index = tuple(torch.searchsorted(f.points, torch.tensor(X[:, k].copy())) for k, f in enumerate(inner.factors))
+    values = torch.as_tensor((y - y.mean()) / y.std())
+    mean, variance = inner.moments(Rows(values, torch.ones(60), index))
+    assert inner.squares == pytest.approx(float(((values - mean).square() + variance).sum()), rel=1e-9)

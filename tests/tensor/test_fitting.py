@@ -10,29 +10,11 @@ from sklearn.exceptions import ConvergenceWarning
 
 from stochproc.tensor import FunctionalCP, FunctionalTucker, Mode
 from stochproc.tensor._coordinate_ascent import Decomposition, Rows
-from stochproc.tensor._factor import Factor
+from stochproc.tensor._fitting import Outcome, _Batches, _is_better
 from stochproc.tensor._hyperparameters import improve
-from stochproc.tensor._links import CPLink
-from stochproc.tensor._noise import Noise
-from stochproc.tensor._priors import DiscretePrior, MarkovPrior
-from stochproc.tensor._rank import redundancies
+from stochproc.tensor._priors import MarkovPrior
 from stochproc.tensor._starts import basis_functions, degree_start, exponents, find_anchor, greedy_start, of_degree
-from tests.tensor.reference import markov, random_messages
-
-
-def smooth_products(rank, seed, n=600, noise=0.05):
-    """Sums of products of two smooth functions each, of unit variance, with noise; and the truth on a grid."""
-    rng = np.random.default_rng(seed)
-    phases, sizes = rng.uniform(0, 2 * math.pi, (rank, 2, 6)), rng.normal(size=(rank, 2, 6)) / (1 + np.arange(6))
-
-    def f(X):
-        waves = np.cos(math.pi * np.arange(6) * X[:, None, :, None] + phases) * sizes
-        functions = waves.sum(-1)
-        return functions.prod(-1).sum(-1)
-
-    grid = rng.uniform(0, 1, (2000, 2))
-    unit, X = f(grid).std(), rng.uniform(0, 1, (n, 2))
-    return X, f(X) / unit + noise * rng.normal(size=n), grid, f(grid) / unit
+from tests.tensor.reference import markov, random_messages, smooth_products
 
 
 def rows_of(X, y):
@@ -211,79 +193,7 @@ def test_a_failure_leaves_the_old_fit():
     np.testing.assert_array_equal(model.predict(X), before)
 
 
-def fitted_cp(means, rows, points, noise=None):
-    factors = [
-        Factor.from_means(DiscretePrior(torch.ones(m.shape[1])), p, m, 0.01) for m, p in zip(means, points, strict=True)
-    ]
-    return Decomposition(factors, CPLink(means[0].shape[1], len(means)), Noise(fixed=noise), 0)
-
-
-def test_a_redundant_component_moves_to_the_others_without_changing_the_function(gen):
-    points = [torch.arange(8.0)] * 3
-    rows = Rows(torch.zeros(60), torch.ones(60), tuple(torch.randint(8, (60,), generator=gen) for _ in range(3)))
-    means = [torch.randn(8, 3, generator=gen) for _ in range(3)]
-    # Component 2 is component 0 in modes 1 and 2, up to factors.
-    means[1][:, 2], means[2][:, 2] = -2 * means[1][:, 0], 0.5 * means[2][:, 0]
-    model = fitted_cp(means, rows, points)
-    before, _ = model.moments(rows)
-    (found, *_) = redundancies(model, rows)
-    assert (found.s, found.k) == (2, 0)
-    assert found.cosine == pytest.approx(1.0)
-    torch.testing.assert_close(found.coefficients, torch.tensor([-1.0, 0.0, 0.0]))
-    moved = [m.clone() for m in means]
-    moved[0] = moved[0] + moved[0][:, 2:] * found.coefficients
-    after, _ = fitted_cp([m[:, :2] for m in moved], rows, points).moments(rows)
-    torch.testing.assert_close(after, before)
-
-
-def test_with_two_modes_combinations_of_several_are_redundant(gen):
-    points = [torch.arange(8.0)] * 2
-    rows = Rows(torch.zeros(60), torch.ones(60), tuple(torch.randint(8, (60,), generator=gen) for _ in range(2)))
-    means = [torch.randn(8, 3, generator=gen) for _ in range(2)]
-    means[1][:, 1] = 2 * means[1][:, 0] - 3 * means[1][:, 2]
-    model = fitted_cp(means, rows, points)
-    before, _ = model.moments(rows)
-    found = next(f for f in redundancies(model, rows) if f.s == 1)
-    moved = means[0] + means[0][:, 1:2] * found.coefficients
-    after, _ = fitted_cp([moved[:, [0, 2]], means[1][:, [0, 2]]], rows, points).moments(rows)
-    assert found.k == 0
-    torch.testing.assert_close(after, before)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_pruning_finds_the_rank_and_costs_no_accuracy(rank):
-    X, y, grid, truth = smooth_products(rank, 10 + rank)
-    options = {"center": False, "kernel": "matern32", "early_stopping": False, "max_iter": 30, "tol": 1e-4}
-    pruned = FunctionalCP(rank=6, ard=True, **options).fit(X, y)
-    exact = FunctionalCP(rank=rank, init="greedy", n_init=1, **options).fit(X, y)
-    errors = [np.sqrt(np.mean((m.predict(grid) - truth) ** 2)) for m in (pruned, exact)]
-    assert abs(pruned.rank_ - rank) <= 1
-    assert errors[0] <= 1.15 * errors[1]
-    assert errors[0] <= 0.04
-    assert pruned.predict(grid).shape == (2000,)
-
-
-@pytest.mark.slow
-def test_pruning_drops_a_component_without_use():
-    X, y, _, _ = smooth_products(1, 3, n=250)
-    model = FunctionalCP(rank=3, ard=True, center=False, kernel="matern32", early_stopping=False, tol=1e-4).fit(X, y)
-    assert model.rank_ == 1
-    assert model.core_.shape == (1, 1)
-    assert [len(v) for v in model.variance_] == [1, 1]
-
-
-@pytest.mark.slow
-def test_pruning_of_tucker_works_mode_by_mode():
-    X, y, _, _ = smooth_products(1, 3, n=250)
-    model = FunctionalTucker(rank=(3, 2), ard=True, center=False, kernel="matern32", early_stopping=False, tol=1e-4)
-    model.fit(X, y)
-    assert model.core_.shape == model.rank_
-    assert np.prod(model.rank_) < 6
-    assert model.score(X, y) > 0.99
-
-
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_more_starts_are_tried_and_equal_seeds_give_equal_bits():
     X, y, _, _ = smooth_products(2, 0, n=150)
@@ -330,3 +240,77 @@ def test_separate_lengthscales_differ():
     shared = FunctionalCP(**options).fit(X, y)
     assert shared.lengthscale_[0][0] == shared.lengthscale_[0][1]
     assert isinstance(shared._model.factors[0].prior, MarkovPrior)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7])
+def test_a_stop_before_the_core_leaves_what_cp_has_learned(stop):
+    X, y, _, _ = smooth_products(1, 0, n=150)
+    model = FunctionalTucker(rank=(1, 2), n_init=1)
+    with pytest.warns(ConvergenceWarning, match="callback"):
+        model.fit(X, y, callback=lambda state: state.iteration == stop)
+    assert model.core_.shape == (1, 2)
+    assert model.score(X, y) > 0.5
+    assert model.n_iter_ == len(model.elbo_) == max(1, stop - 5)
+    assert not model.converged_
+
+
+def test_an_interrupted_refit_leaves_the_fit_before_it():
+    X, y, _, _ = smooth_products(1, 0, n=300, noise=0.3)
+    count = []
+    whole = FunctionalCP(rank=1, n_init=1).fit(X, y, callback=lambda state: count.append(state.iteration))
+    before_refit = len(whole.validation_score_)
+    assert len(count) == before_refit + whole.n_iter_
+
+    model = FunctionalCP(rank=1, n_init=1)
+    with pytest.warns(ConvergenceWarning, match="callback"):
+        model.fit(X, y, callback=lambda state: state.iteration == before_refit + 1)
+    assert model.n_iter_ == before_refit
+    # In the units of y the bound shifts by the rows that it is of, nine in ten.
+    inner = model._model
+    assert inner.n == 270
+    bound = model.elbo_[-1] + 270 * np.log(y.std())
+    assert bound == pytest.approx(-270 / 2 * np.log(2 * np.pi / inner.noise.precision) - 135, abs=120)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_names_of_categories_do_not_matter_to_perturbed_starts():
+    X, y, _, _ = smooth_products(1, 0, n=100)
+    X[:, 1] = np.round(4 * X[:, 1])
+    options = {"rank": 2, "modes": ["continuous", "discrete"], "init": "degree", "n_init": 3, "max_iter": 5, "tol": 0}
+    one = FunctionalCP(**options).fit(X, y)
+    other = np.stack([X[:, 0], np.array([3, 1, 4, 0, 2])[X[:, 1].astype(int)]], 1)
+    two = FunctionalCP(**options).fit(other, y)
+    np.testing.assert_allclose(two.predict(other), one.predict(X), rtol=0, atol=1e-8)
+    assert two.start_ == one.start_
+
+
+def test_batches_go_on_with_smaller_steps_after_a_trial(gen):
+    rows = Rows(torch.randn(20, generator=gen), torch.ones(20), (torch.arange(20) % 4,))
+    assert _Batches(rows, 5, sweeps_done=0).step == 0
+    assert _Batches(rows, 5, sweeps_done=4).step == 16
+
+
+class Predicting(Decomposition):
+    """A stand-in for a decomposition that gives held-out rows these densities."""
+
+    def __init__(self, density):
+        self.density = density
+
+    def log_density(self, rows):
+        return self.density
+
+
+@pytest.mark.parametrize(("gain", "taken"), [(0.0, False), (0.2, False), (0.5, True), (-0.5, False), (math.nan, False)])
+def test_a_later_start_must_be_clearly_better_on_held_out_rows(gain, taken, gen):
+    # 100 rows whose differences have a standard deviation of 1: a standard error of 0.1.
+    base, spread = torch.randn(100, generator=gen), torch.randn(100, generator=gen)
+    spread = (spread - spread.mean()) / spread.std()
+    rows = Rows(torch.zeros(100), torch.ones(100), ())
+    first = Outcome(Predicting(base), bounds=[-5.0])
+    later = Outcome(Predicting(base + spread + gain), bounds=[-9.0])
+    assert _is_better(later, first, rows) is taken
+    # Without held-out rows the bound decides, and one that is not a number never wins.
+    assert not _is_better(later, first, None)
+    assert _is_better(first, later, None)
+    assert _is_better(later, Outcome(Predicting(base), bounds=[math.nan]), rows)
+    assert not _is_better(Outcome(Predicting(base), bounds=[math.nan]), first, rows)

@@ -1,20 +1,18 @@
-"""The estimators of functional decompositions: what goes in, what comes out, what is refused."""
+"""The estimators of functional decompositions: what goes in and what comes out."""
 
 import math
 import pickle
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from stochproc.exceptions import DataWarning
-from stochproc.kernels import Matern, RationalQuadratic
+from stochproc.kernels import Matern
 from stochproc.tensor import FunctionalCP, FunctionalTucker, LatentDisplay, Mode, from_dense
 
 KINDS = [FunctionalCP, FunctionalTucker]
@@ -200,20 +198,6 @@ def test_kernels_of_the_user_are_used_and_saved(tmp_path):
     np.testing.assert_array_equal(back.predict(X), model.predict(X))
 
 
-def test_names_of_columns_and_text_categories():
-    X, y = data()
-    frame = pd.DataFrame({"depth": X[:, 0], "phase": X[:, 1], "site": np.array(list("wxyz"))[X[:, 2].astype(int)]})
-    model = FunctionalCP(modes=MODES, **QUICK).fit(frame, y)
-    numbers = FunctionalCP(modes=MODES, **QUICK).fit(X, y)
-    np.testing.assert_allclose(model.predict(frame), numbers.predict(X), rtol=0, atol=1e-12)
-    assert model.index_[2].tolist() == list("wxyz")
-    with pytest.raises(ValueError, match=r"numbers in column 0 \('depth'\)"):
-        model.predict(frame.assign(depth="deep"))
-    with pytest.raises(ValueError, match=r"category in every row; got NaN in row 0 of column 2"):
-        model.predict(frame.assign(site=None))
-    assert model.plot_latent(2).ax_.get_xlabel() == "site"
-
-
 @pytest.mark.slow
 def test_streams_of_rows_get_close_to_one_fit():
     X, y = data(600)
@@ -321,13 +305,6 @@ def test_one_row_is_enough():
     assert model.predict([[0.5, 1.0]])[0] == pytest.approx(3.0, abs=1e-6)
 
 
-def test_coarse_coordinates_warn():
-    X, y = data()
-    X[:, 0] = 1e9 + X[:, 0] * 1e-4
-    with pytest.warns(DataWarning, match="column 0"):
-        FunctionalCP(**QUICK).fit(X, y)
-
-
 def test_torch_in_gives_torch_out(fitted):
     model, X, y = fitted
     tensor = torch.tensor(X[:5])
@@ -395,142 +372,6 @@ def test_pictures_of_each_kind_of_mode(fitted):
     plt.close("all")
 
 
-BAD = {
-    "rank": [0, -1],
-    "variance": [0.0, -1.0, math.nan],
-    "noise": [0.0, -0.1],
-    "kernel": ["matern", "periodic"],
-    "lengthscale": [0.0, -1.0, [1.0, 1.0]],
-    "damping": [1.0, -0.1],
-    "validation_fraction": [0.0, 1.0],
-    "max_iter": [0],
-    "tol": [-1.0],
-    "n_init": [0],
-    "init": ["polynomial"],
-    "method": ["fast"],
-    "chunk_size": [0],
-    "batch_size": [0],
-    "handle_unknown": ["ignore"],
-    "center": ["yes"],
-    "device": ["abacus"],
-}
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values])
-def test_a_bad_parameter_is_named(kind, name, value):
-    X, y = data(30)
-    with pytest.raises(ValueError, match=name):
-        kind(**{name: value}).fit(X, y)
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("rank", "three"),
-        ("rank", 2.5),
-        ("kernel", 3),
-        ("damping", "half"),
-        ("modes", "continuous"),
-        ("modes", [1, 2, 3]),
-        ("init", 5),
-        ("lengthscale", "long"),
-    ],
-)
-def test_a_parameter_of_the_wrong_type_is_named(name, value):
-    X, y = data(30)
-    with pytest.raises(TypeError, match=name):
-        FunctionalCP(**{name: value}).fit(X, y)
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize(
-    ("error", "match", "options"),
-    [
-        (ValueError, "modes must have one entry a column of X, 3; got 2", {"modes": ["continuous"] * 2}),
-        (ValueError, r"modes\[0\] must say the period", {"modes": ["periodic", "discrete", "discrete"]}),
-        (ValueError, r"modes\[1\]", {"modes": ["discrete", "round", "discrete"]}),
-        (ValueError, "state space", {"kernel": RationalQuadratic()}),
-        (ValueError, "batch_shape", {"kernel": Matern(torch.ones(2, 1), batch_shape=(2,))}),
-        (ValueError, r"init must hold one array a mode, 3; got 1", {"init": [np.zeros((30, 3))]}),
-        (ValueError, r"init\[0\] must have shape \(30, 3\)", {"init": [np.zeros((2, 3))] * 3}),
-        (ValueError, "core_variance", {"core_variance": -1.0}),
-        (ValueError, "one entry a column of X, 3; got 2", {"rank": (2, 2)}),
-    ],
-)
-def test_what_does_not_fit_the_data_is_refused(error, match, options):
-    X, y = data(30)
-    with pytest.raises(error, match=match):
-        FunctionalTucker(**options).fit(X, y)
-
-
-@pytest.mark.bad_input
-def test_bad_data_are_refused_by_row_and_column():
-    X, y = data(30)
-    for value, word in ((np.nan, "NaN"), (np.inf, "infinity")):
-        bad = X.copy()
-        bad[4, 1] = value
-        with pytest.raises(ValueError, match=f"finite; got {word} in row 4 of column 1"):
-            FunctionalCP().fit(bad, y)
-    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
-        FunctionalCP().fit(X, y[:-1])
-    with pytest.raises(ValueError, match="0 sample"):
-        FunctionalCP().fit(X[:0], y[:0])
-    with pytest.raises(ValueError, match="infinity"):
-        FunctionalCP().fit(X, np.where(y > 0, np.inf, y))
-    with pytest.raises(ValueError, match="sample_weight must be non-negative; got -1"):
-        FunctionalCP().fit(X, y, sample_weight=np.full(30, -1.0))
-    with pytest.raises(ValueError, match="sample_weight must have one entry a row of X, 30"):
-        FunctionalCP().fit(X, y, sample_weight=np.ones(29))
-    with pytest.raises(ValueError, match="sample_weight must be positive in some row"):
-        FunctionalCP().fit(X, y, sample_weight=np.zeros(30))
-    model = FunctionalCP(**QUICK).fit(X, y)
-    with pytest.raises(ValueError, match="3 features"):
-        model.predict(X[:, :2])
-    with pytest.raises(ValueError, match="must not both be True"):
-        model.predict(X, return_std=True, return_cov=True)
-    with pytest.raises(ValueError, match=r"\(0, 1\)"):
-        model.predict_quantiles(X, 1.0)
-
-
-@pytest.mark.bad_input
-def test_nothing_works_before_fit():
-    model = FunctionalCP()
-    for call in (
-        lambda: model.predict([[0.0, 1.0]]),
-        lambda: model.latent(0),
-        lambda: model.to_dense([[0.0], [1.0]]),
-        lambda: model.score([[0.0, 1.0]], [0.0]),
-        lambda: model.save("nowhere"),
-        lambda: model.sample_y([[0.0, 1.0]]),
-    ):
-        with pytest.raises(NotFittedError):
-            call()
-
-
-@pytest.mark.bad_input
-@pytest.mark.parametrize(
-    ("error", "match", "options"),
-    [
-        (ValueError, "kind", {"kind": "round"}),
-        (ValueError, "period must be given", {"kind": "periodic"}),
-        (ValueError, "period must be None", {"period": 2.0}),
-        (ValueError, "period must be positive", {"kind": "periodic", "period": -1.0}),
-        (ValueError, "kernel must be None for a discrete", {"kind": "discrete", "kernel": "matern12"}),
-        (ValueError, "lengthscale must be None for a discrete", {"kind": "discrete", "lengthscale": 1.0}),
-        (ValueError, "kernel", {"kernel": "wave"}),
-        (ValueError, "periodic kernel", {"kind": "periodic", "period": 1.0, "kernel": "matern12"}),
-        (ValueError, "lengthscale", {"lengthscale": 0.0}),
-        (TypeError, "kernel", {"kernel": 3}),
-    ],
-)
-def test_a_mode_that_makes_no_sense_is_refused(error, match, options):
-    with pytest.raises(error, match=match):
-        Mode(**options)
-
-
 @pytest.mark.cuda
 def test_a_gpu_gives_the_same():
     if not torch.cuda.is_available():
@@ -540,3 +381,17 @@ def test_a_gpu_gives_the_same():
         want = kind(modes=MODES, **QUICK).fit(X, y).predict(X, return_std=True)
         got = kind(modes=MODES, **QUICK, device="cuda").fit(X, y).predict(X, return_std=True)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)
+
+
+def test_a_warm_start_takes_new_noise_and_refuses_new_modes():
+    X, y = data()
+    model = FunctionalTucker(modes=MODES, **QUICK, warm_start=True).fit(X, y)
+    model.set_params(noise=0.25, core_variance=2.0).fit(X, y)
+    assert model.noise_variance_ == pytest.approx(0.25 * y.var())
+    assert model._model.link.prior_variance == 2.0
+    model.set_params(noise=None, core_variance="learn").fit(X, y)
+    assert model.noise_variance_ < 0.2 * y.var()
+    assert model._model.link.prior_variance != 2.0
+    model.set_params(modes=["continuous", "continuous", "discrete"])
+    with pytest.raises(ValueError, match="modes must be those of the present fit"):
+        model.fit(X, y)

@@ -157,3 +157,29 @@ def test_kept_entries_of_the_core(gen):
     torch.testing.assert_close(link.mean, mean[:, [0, 2]])
     want = cov.reshape(2, 3, 2, 2, 3, 2)[:, [0, 2]][:, :, :, :, [0, 2]].reshape(8, 8)
     torch.testing.assert_close(link.cov, want)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_what_the_rows_said_of_kept_entries_stays(diagonal, gen):
+    link = tucker(gen, (2, 3))
+    link.diagonal = diagonal
+    root = torch.randn(6, 6, generator=gen)
+    precision, linear = root @ root.mT, torch.randn(6, generator=gen)
+    link.update(precision, linear)
+    link.keep(1, torch.tensor([2, 0]))
+    where = torch.tensor([2, 0, 5, 3])
+    torch.testing.assert_close(link.precision, precision[where][:, where])
+    torch.testing.assert_close(link.linear, linear[where])
+
+
+def test_a_badly_conditioned_wide_core_is_solved_exactly(gen):
+    link = tucker(gen, (4, 5))
+    link.diagonal = True
+    scale = torch.logspace(-6, 6, 20)
+    root = torch.linalg.qr(torch.randn(20, 20, generator=gen))[0]
+    precision, linear = (root * scale) @ root.mT, torch.randn(20, generator=gen)
+    link.update(precision, linear)
+    whole = precision + torch.eye(20) / link.prior_variance
+    want = torch.linalg.solve(whole, linear)
+    # Rounding times the condition number of 1e6, as the prior has precision 1.
+    torch.testing.assert_close(link.mean.flatten(), want, rtol=0, atol=1e-8 * float(want.abs().max()))

@@ -147,3 +147,40 @@ def test_packing_is_undone_and_counts_both_orders(gen):
     torch.testing.assert_close(unpack(outer(other), 3), other[:, :, None] * other[:, None], rtol=0, atol=0)
     total = (pack(matrix) * outer(other)) @ multiplicity(3, other)
     torch.testing.assert_close(total, torch.einsum("ni,nij,nj->n", other, matrix, other))
+
+
+def test_kept_components_take_their_searches_along():
+    prior = markov(shared=False, variance=(0.5, 1.0, 2.0))
+    names = [name for name, _ in prior.named_parameters()]
+    prior.learn_from({name: (0.1 * (1 + at), (1e-3, 1e3)) for at, name in enumerate(names)})
+    spreads = {name: spread for name, (_, spread, _) in prior.search_record().items()}
+    starts = [float(part.log_outputscale.detach()) for part in prior.parts]
+    prior.keep(torch.tensor([2, 0]))
+    found = prior.search_record()
+    assert prior.log_prior().item() == 0.0
+    for new, old in enumerate((2, 0)):
+        start, spread, _ = found[f"_parts.{new}.log_outputscale"]
+        assert float(start) == starts[old]
+        assert spread == spreads[f"_parts.{old}.log_outputscale"]
+    assert set(found) == set(prior.learned())
+
+
+def test_many_queries_are_answered_in_pieces(gen, monkeypatch):
+    Lam, eta = random_messages(6, 2, gen)
+    points = torch.linspace(0, 1, 6)
+    factor = Factor(markov(), points, eta, Lam, Lam, eta)
+    query = torch.linspace(-0.5, 1.5, 40)
+    whole = factor.at(query)
+    monkeypatch.setattr("stochproc.tensor._factor._NUMBERS_AT_ONCE", 1)
+    pieces = factor.at(query)
+    torch.testing.assert_close(pieces.mean, whole.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pieces.cov, whole.cov, rtol=0, atol=1e-12)
+
+
+def test_packing_first_used_in_inference_mode_still_has_gradients():
+    with torch.inference_mode():
+        pack(torch.eye(17))
+        unpack(torch.ones(153), 17)
+    triangle = torch.ones(153, requires_grad=True)
+    unpack(triangle, 17).sum().backward()
+    torch.testing.assert_close(triangle.grad, multiplicity(17, triangle))
