@@ -56,8 +56,8 @@ class FunctionalCP(FunctionalDecomposition, RegressorMixin, BaseEstimator):
         Whether to centre y, so that predictions return to its mean far from the data. A rank-R function less a
         constant has rank R + 1: False where the rank itself matters.
     early_stopping : bool, default=True
-        From 200 rows on: hold out some rows, stop after four sweeps that do not predict them better, and refit all rows
-        for the best number of sweeps. The bound keeps rising while predictions get worse where the noise is not
+        From 200 rows on: hold out some rows, stop after four sweeps that do not predict them better by a thousandth of
+        a nat, and refit all rows for the best number of sweeps. The bound keeps rising while predictions get worse where the noise is not
         Gaussian.
     validation_fraction : float, default=0.1
         Share of the rows that are held out, in (0, 1).
