@@ -57,8 +57,8 @@ class FunctionalCP(FunctionalDecomposition, RegressorMixin, BaseEstimator):
         constant has rank R + 1: False where the rank itself matters.
     early_stopping : bool, default=True
         From 200 rows on: hold out some rows, stop after four sweeps that do not predict them better by a thousandth of
-        a nat, and refit all rows for the best number of sweeps. The bound keeps rising while predictions get worse where the noise is not
-        Gaussian.
+        a nat, and refit all rows for the best number of sweeps. The bound keeps rising while predictions get worse
+        where the noise is not Gaussian.
     validation_fraction : float, default=0.1
         Share of the rows that are held out, in (0, 1).
     max_iter : int, default=100
