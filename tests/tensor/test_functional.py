@@ -32,7 +32,6 @@ def data(n=120, seed=0):
 @pytest.fixture(scope="module", params=KINDS, ids=lambda k: k.__name__)
 def fitted(request):
     X, y = data()
-    torch.set_default_dtype(torch.float64)
     return request.param(modes=MODES, **QUICK).fit(X, y), X, y
 
 
