@@ -49,18 +49,25 @@ def fit(
     ``rows`` and ``held_out`` have their points in the one grid. Without held-out rows the bound ranks the starts, the
     change of the bound stops, and there is no refit.
     """
-    names = start_names(settings)
+    first, *later = start_names(settings)
     best: Outcome | None = None
+
+    def begun(name: str, among: Rows) -> Outcome:
+        # Equal draws for a start and for its refit.
+        return Outcome(_build(name, among, grid, settings, generator, progress), start=name)
+
+    def tried(outcome: Outcome) -> None:
+        progress.phase = f"start {outcome.start!r}"
+        ascend(outcome, rows, held_out, settings, progress, sweeps=min(TRIAL_SWEEPS, settings.max_iter))
+
     try:
-        for name in names:
-            # Equal draws for a start and for its refit.
-            outcome = Outcome(_build(name, rows, grid, settings, generator, progress), start=name)
-            best = outcome if best is None else best
-            if len(names) > 1:
-                progress.phase = f"start {name!r}"
-                ascend(outcome, rows, held_out, settings, progress, sweeps=min(TRIAL_SWEEPS, settings.max_iter))
-                best = outcome if _is_better(outcome, best, held_out) else best
-        assert best is not None
+        best = begun(first, rows)
+        if later:
+            tried(best)
+        for name in later:
+            outcome = begun(name, rows)
+            tried(outcome)
+            best = outcome if _is_better(outcome, best, held_out) else best
         progress.phase = "held-out rows" if held_out is not None else "sweep"
         ascend(best, rows, held_out, settings, progress, sweeps=settings.max_iter)
         if held_out is None:
@@ -68,7 +75,7 @@ def fit(
         n_sweeps = max(range(len(best.scores)), key=best.scores.__getitem__) + 1
         together = _together(rows, held_out)
         progress.phase = "all rows"
-        final = Outcome(_build(best.start, together, grid, settings, generator, progress), start=best.start)
+        final = begun(best.start, together)
         final.scores, final.converged, final.message = best.scores, best.converged, best.message
         ascend(final, together, None, settings, progress, sweeps=n_sweeps, count_only=True)
         return final
@@ -136,7 +143,7 @@ def _relative_change(bounds: Sequence[float]) -> float:
 
 def _is_better(outcome: Outcome, best: Outcome, held_out: Rows | None) -> bool:
     """Whether a later start takes the place of the best so far: clearly, on held-out rows, or by the bound."""
-    if outcome is best or not math.isfinite(outcome.bounds[-1]):
+    if not math.isfinite(outcome.bounds[-1]):
         return False
     if held_out is None or not math.isfinite(best.bounds[-1]):
         return not outcome.bounds[-1] <= best.bounds[-1]

@@ -137,15 +137,13 @@ def greedy_start(
     anchors = []
     for r in range(rank):
         left = Rows(residual, rows.weight, rows.index)
-        best: tuple[float, int, tuple[int, ...], Tensor] | None = None
+        found: list[tuple[float, int, tuple[int, ...], Tensor]] = []
         for k in range(K):
             regressors = partial(_products, tables, k, candidates)
             log_z, functions = _log_evidence(left, k, regressors, len(candidates), priors[k], points[k])
             c = int(log_z.argmax())
-            if best is None or float(log_z[c]) > best[0]:
-                best = (float(log_z[c]), k, candidates[c], functions[c])
-        assert best is not None
-        _, k, chosen, function = best
+            found.append((float(log_z[c]), k, candidates[c], functions[c]))
+        _, k, chosen, function = max(found, key=lambda f: f[0])
         anchors.append(k)
         means[k][:, r] = function
         for at, j in enumerate(j for j in range(K) if j != k):
