@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import functools
+import json
 import math
 import statistics
 import time
@@ -193,8 +194,8 @@ MODELS: dict[str, Callable[[Data], tuple[Any, ...]]] = {
 
 
 def accuracy(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """RMSE, log density and coverage on held-out rows, a line for each set and model."""
-    rows = []
+    """RMSE, log density and coverage on held-out rows, a line for each set and model; others keep their rows."""
+    rows = [row for row in written("accuracy") if row["data"] not in args.sets] if args.update else []
     for name in args.sets:
         splits = [real(name, k) for k in range(1 if name in ("wine", "power") else args.splits)]
         for label, model in MODELS.items():
@@ -210,6 +211,12 @@ def accuracy(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def written(table: str) -> list[dict[str, Any]]:
+    """Rows of a table that is on file."""
+    path = timing.RESULTS / "gp_uci_cpu.json"
+    return json.loads(path.read_text())["tables"].get(table, []) if path.exists() else []
+
+
 def measured(model: Callable[[Data], tuple[Any, ...]], data: Data) -> Scores:
     start = time.process_time()
     mean, density, (low, high) = model(data)
@@ -221,7 +228,7 @@ def measured(model: Callable[[Data], tuple[Any, ...]], data: Data) -> Scores:
 
 def restarts(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Log p(y) by default, by one start, and the best of ten starts drawn apart from those of the fit."""
-    rows = []
+    rows = [row for row in written("restarts") if row["case"].split()[0] not in args.sets] if args.update else []
     for name in args.sets:
         for k in range(1 if name == "wine" else args.splits):
             data = real(name, k)

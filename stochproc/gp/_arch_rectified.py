@@ -22,6 +22,7 @@ from stochproc.gp._arch_activations import ABRelu
 from stochproc.gp._arch_base import Layer
 from stochproc.gp._arch_compose import Serial
 from stochproc.gp._arch_layers import Dense, Identity, Scale
+from stochproc.kernels._pair_points import NEAR, half_chords, prefers_product, unit_vectors
 
 __all__ = ["Plan", "plan"]
 
@@ -116,7 +117,7 @@ class Plan:
         self.vectors = [
             _Side(*([v.to(x.dtype).unsqueeze(-1 - i) for v in field] for field in side)) for i, side in enumerate(sides)
         ]
-        self.units = [_units(z, side.norms[0]) for z, side in zip((self.x, self.y), sides, strict=True)]
+        self.units = [unit_vectors(self.x), unit_vectors(self.y)]
         self.squares = [v.norms[0].square() for v in self.vectors]
         # Both sets hold points at 0, whose vanishing difference of norms is then divided by 0.
         self.empty = all(bool((side.norms[0] == 0).any()) for side in sides)
@@ -168,15 +169,32 @@ class Plan:
         # Half the distance of unit vectors: an angle to a few roundings, which is all that 1 - 2 v can show. Points at
         # 0 have any angle here: what v is multiplied by vanishes.
         u, w = self.units[0][rows], self.units[1][cols]
-        v = torch.cdist(u, w, compute_mode="donot_use_mm_for_euclid_dist").square_().mul_(0.25)
+        v = self._chords(u, w, rows, cols)
         if bool(v.max() > _NEARLY_OPPOSITE):
             # From the sum of the unit vectors, so that opposite points have v = 1 exactly: the angle changes as the
             # square root of what lacks.
             i, j = (v > _NEARLY_OPPOSITE).nonzero().unbind(-1)
-            v[i, j] = 1 - (u[i] + w[j]).square().sum(-1) / 4
+            v[i, j] = (1 - (u[i] + w[j]).square().sum(-1) / 4).to(v.dtype)
         if not any(b2 for _, b2 in self.weights):
             return v, None
         return v, torch.sub(self.squares[0][rows], self.squares[1][:, cols], out=self._buffer(v, 3)).square_()
+
+    def _chords(self, u: Tensor, w: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Return a quarter of the squared distances of unit vectors."""
+        dtype = self.x.dtype
+        if prefers_product(self.x):
+            v = half_chords(u, w, dtype)
+            if self.second is self.first and rows.start == cols.start:
+                # Overwritten by the diagonal later: not worth a second look.
+                v.diagonal().fill_(0.5)
+            if bool(v.min() >= NEAR[dtype]):
+                return v
+            near = v < NEAR[dtype]
+            if near.sum() <= near.numel() // 4:
+                i, j = near.nonzero().unbind(-1)
+                v[i, j] = (u[i] - w[j]).square().sum(-1).mul_(0.25).to(dtype)
+                return v
+        return torch.cdist(u, w, compute_mode="donot_use_mm_for_euclid_dist").square_().mul_(0.25).to(dtype)
 
     def _affine(self, v: Tensor, D2: Tensor | None, left: _Side, right: _Side, layer: int, slope: float) -> None:
         """Take v through a dense layer, in place."""
@@ -276,12 +294,6 @@ class Plan:
 def _sqnorms(x: Tensor) -> Tensor:
     """Return squared norms over the number of columns, in float64: points are few beside pairs."""
     return x.double().square().sum(-1) / x.shape[-1]
-
-
-def _units(x: Tensor, norms: Tensor) -> Tensor:
-    """Return points of length 1, those at 0 as they are."""
-    lengths = norms * x.shape[-1] ** 0.5
-    return (x / lengths.where(lengths > 0, 1.0).unsqueeze(-1)).to(x.dtype)
 
 
 def _side(steps: Sequence[Step], q: Tensor) -> _Side:

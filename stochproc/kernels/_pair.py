@@ -87,8 +87,9 @@ class Pair(NamedTuple):
 
         Notes
         -----
-        O(n m d) by explicit differences; norms as unevaluated sums of two numbers. The gradient is that of the
-        plain formulas, 0 for the norm of x = 0; it is finite everywhere and can be differentiated again.
+        O(n m d): angles from a product of matrices in float64, those of near pairs from explicit differences; norms as
+        unevaluated sums of two numbers. The gradient is that of the plain formulas, 0 for the norm of x = 0; it is
+        finite everywhere and can be differentiated again.
         """
         check_same_kind(x=x, y=y)
         if x.ndim < 2 or y.ndim < 2:

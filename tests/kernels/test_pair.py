@@ -40,6 +40,18 @@ def test_distances_and_norm_differences_are_accurate_relative_to_themselves(gen,
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("spread", [0.3, 1e-2, 1e-5])
+def test_a_cluster_far_from_the_origin_keeps_its_distances(gen, spread, dtype):
+    # All or many angles are small: these come from differences, not from the product of matrices.
+    x = (torch.randn(20, generator=gen) + spread * torch.randn(5, 20, generator=gen)).to(dtype)
+    pair = Pair.from_points(x, x.clone())
+    for i in range(5):
+        for j in range(i):
+            (_, _, D, A), k, _ = exact(pair, i, j, x, x)
+            assert abs(mp.mpf(D) ** 2 + 2 * mp.mpf(A) - k.sqdist) <= 20 * EPS[dtype] * k.sqdist
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("radial", [True, False])
 @pytest.mark.parametrize("distance", [3.0, 1e-1, 1e-3, 1e-6])
 def test_angles_are_accurate_to_a_few_roundings_also_for_collinear_points(gen, distance, radial, dtype):
@@ -79,7 +91,7 @@ def test_points_on_a_line_are_exact():
     assert torch.equal(pair.D, x.abs() - x.abs().mT)
 
 
-@pytest.mark.parametrize("d", [1, 3, 10])
+@pytest.mark.parametrize("d", [1, 3, 10, 40])
 def test_a_block_with_itself_is_symmetric_with_zero_diagonal_to_the_bit(gen, d):
     x = torch.randn(30, d, generator=gen)
     pair = Pair.from_points(x, x)
