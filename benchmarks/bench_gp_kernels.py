@@ -42,8 +42,8 @@ def points() -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def ours(kind: str) -> Tensor:
-    net, (x, y) = network(), points()
+def ours(kind: str, activation: str = "relu") -> Tensor:
+    net, (x, y) = network(activation=activation), points()
     with torch.no_grad():
         return getattr(net, kind.removesuffix("_same"))(x, None if kind.endswith("_same") else y)
 
@@ -69,10 +69,10 @@ class Peer:
             [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
 
-    def ask(self, kind: str, how: str) -> dict[str, Any]:
+    def ask(self, kind: str, activation: str, how: str) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(f"{kind} {how} {N} {D} {DEPTH}\n")
+        self.process.stdin.write(f"{kind} {activation} {how} {N} {D} {DEPTH}\n")
         self.process.stdin.flush()
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         return answer
@@ -86,24 +86,29 @@ def against_neural_tangents(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     peer = Peer(args.peer)
     cases = [
-        ("nngp_same", "jitted", 0.55),
-        ("nngp_same", "plain", 0.15),
-        ("nngp", "jitted", 0.55),
-        ("ntk", "jitted", 0.55),
+        ("nngp_same", "relu", "jitted", 0.55),
+        ("nngp_same", "relu", "plain", 0.15),
+        ("nngp", "relu", "jitted", 0.55),
+        ("ntk", "relu", "jitted", 0.55),
+        # The targets are those of ReLU: none were set for these.
+        ("nngp_same", "erf", "jitted", 0.55),
+        ("nngp_same", "gelu", "jitted", 0.55),
+        ("nngp", "erf", "plain", 0.15),
+        ("ntk", "erf", "jitted", 0.55),
     ]
-    for kind, how, target in cases:
-        first = peer.ask(kind, how)
-        error = float((ours(kind)[:3, :3] - torch.tensor(first["corner"])).abs().max())
+    for kind, activation, how, target in cases:
+        first = peer.ask(kind, activation, how)
+        error = float((ours(kind, activation)[:3, :3] - torch.tensor(first["corner"])).abs().max())
         mine, theirs = [], []
         for _ in range(ROUNDS):
             start = time.process_time()
-            ours(kind)
+            ours(kind, activation)
             mine.append(time.process_time() - start)
-            theirs.append(peer.ask(kind, how)["seconds"])
+            theirs.append(peer.ask(kind, activation, how)["seconds"])
         ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
         rows.append(
             target_row(
-                f"{kind}, {how}",
+                f"{activation}, {kind}, {how}",
                 ratio,
                 target,
                 seconds=statistics.median(mine),

@@ -1,7 +1,7 @@
 """Times neural-tangents in a process of its own, in turn with the one that asks.
 
 Run by ``bench_gp_kernels.py --peer PYTHON`` with an interpreter that has neural-tangents 0.6.5 and a jax below 0.6.
-Reads one case a line from standard input, "kind jitted n d depth", and answers with the CPU seconds of one run as JSON.
+Reads one case a line from standard input, "kind activation jitted n d depth", and answers with the CPU seconds of one run as JSON.
 """
 
 import os
@@ -24,9 +24,10 @@ from neural_tangents import stax
 
 
 @functools.cache
-def prepared(kind: str, jitted: bool, n: int, d: int, depth: int):
+def prepared(kind: str, activation: str, jitted: bool, n: int, d: int, depth: int):
     """A function of no arguments that evaluates the matrix, compiled if it is to be."""
-    layers = [layer for _ in range(depth) for layer in (stax.Dense(1, W_std=1.4, b_std=0.2), stax.Relu())]
+    nonlinearity = {"relu": stax.Relu, "erf": stax.Erf, "gelu": stax.Gelu}[activation]
+    layers = [layer for _ in range(depth) for layer in (stax.Dense(1, W_std=1.4, b_std=0.2), nonlinearity())]
     kernel = stax.serial(*layers, stax.Dense(1, W_std=1.0))[2]
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.standard_normal((n, d))) for _ in range(2))
@@ -42,8 +43,8 @@ def prepared(kind: str, jitted: bool, n: int, d: int, depth: int):
 def main() -> None:
     """Answer until standard input ends."""
     for line in sys.stdin:
-        kind, jitted, *sizes = line.split()
-        run, first, first_seconds = prepared(kind, jitted == "jitted", *map(int, sizes))
+        kind, activation, jitted, *sizes = line.split()
+        run, first, first_seconds = prepared(kind, activation, jitted == "jitted", *map(int, sizes))
         start = time.process_time()
         run()
         seconds = time.process_time() - start

@@ -14,7 +14,9 @@ from stochproc.exceptions import ArchitectureError
 from stochproc.gp import _arch_rectified as rectified
 from stochproc.gp._arch_base import DiagState, KernelState, Layer, Shape
 from stochproc.gp._arch_blocks import by_blocks
+from stochproc.gp._arch_plain import plain_enough
 from stochproc.kernels import Pair
+from stochproc.kernels._pair_plain import PlainPair
 
 __all__ = ["dense_kernels", "diagonals", "same_points"]
 
@@ -93,7 +95,10 @@ def _checked_points(net: Layer, name: str, X: Tensor, kinds: Sequence[str]) -> T
     return X
 
 
-def _start(net: Layer, x: Tensor, y: Tensor, tangent: bool) -> KernelState:
+def _start(net: Layer, x: Tensor, y: Tensor, tangent: bool, plain: bool) -> KernelState:
+    if plain:
+        covariances = PlainPair.from_points(x, y).affine(1 / x.shape[-1], 0.0)
+        return KernelState(covariances, covariances.q.new_zeros(()) if tangent else None)  # type: ignore[arg-type]
     if net.takes_images():
         from stochproc.gp._arch_pixels import pairs_of_images
 
@@ -106,13 +111,16 @@ def _needs_pairs(net: Layer) -> bool:
     return any(isinstance(layer, Layer) and layer.needs_pixel_pairs for layer in net.modules())
 
 
-def _tile(net: Layer, kinds: Sequence[str], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Evaluate the kernels of all pairs of two sets of different points, by operations that autograd knows."""
+def _tile(net: Layer, kinds: Sequence[str], x: Tensor, y: Tensor, *, plain: bool = False) -> tuple[Tensor, ...]:
+    """Evaluate the kernels of all pairs of two sets of different points, by operations that autograd knows.
+
+    ``plain`` takes them from covariances alone; see ``plain_enough``.
+    """
     dtype = x.dtype
     if x.device.type == "cpu":
         # Rounding the state once a layer gives 4e-6 in float32 after ten GELU layers.
         x, y = x.double(), y.double()
-    state = net.kernel(_start(net, x, y, "ntk" in kinds))
+    state = net.kernel(_start(net, x, y, "ntk" in kinds, plain))
     q = state.pair.q.to(dtype)
     if state.ntk is None:
         return (q,)
@@ -183,10 +191,11 @@ def _by_tiles(net: Layer, kinds: tuple[str, ...], same: bool, x: Tensor, y: Tens
     n, m = x.shape[axis], y.shape[axis]
     out = [x.new_empty(*_batch_of(net, x, y), n, m) for _ in kinds]
     plan = rectified.plan(net, x, y)
+    plain = plan is None and plain_enough(net, x, y, tangent="ntk" in kinds, gradient=False)
     for rows, cols in _tiles(net, x, y, same):
         values: Sequence[Tensor]
         if plan is None:
-            values = _tile(net, kinds, _part(x, rows, axis), _part(y, cols, axis))
+            values = _tile(net, kinds, _part(x, rows, axis), _part(y, cols, axis), plain=plain)
         else:
             values = plan.tile(kinds, rows, cols)
         for whole, value in zip(out, values, strict=True):
@@ -267,6 +276,7 @@ def _gradients(
     """Gradients in x, y and the parameters, tile by tile."""
     axis, parameters = -1 - _point_ndim(net), tuple(net.parameters())
     plan = rectified.plan(net, x, y) if kinds == ("nngp",) else None
+    plain = plan is None and plain_enough(net, x, y, tangent="ntk" in kinds, gradient=True)
     total = [torch.zeros_like(t) if w else None for t, w in zip((x, y, *parameters), wanted, strict=True)]
     for rows, cols in _tiles(net, x, y, same):
         upstream = [_upstream(g, rows, cols, same) for g in grads]
@@ -279,7 +289,7 @@ def _gradients(
                 _part(p, w, axis).detach().requires_grad_(t is not None)
                 for p, w, t in zip((x, y), (rows, cols), total[:2], strict=True)
             ]
-            values = _tile(net, kinds, *points)
+            values = _tile(net, kinds, *points, plain=plain)
         _add_gradients([*parts, *total[2:]], (*points, *parameters), values, upstream)
     if plan is not None:
         plan.finish(total)

@@ -4,7 +4,7 @@ Such a chain acts on the angle of a pair alone. With :math:`v = \sin^2(\theta/2)
 the norms, a rectifier is :math:`v' = v - g h(\theta) / (2c)` with c and g of the slopes, and a dense
 layer :math:`v' = \alpha_x \alpha_y v + \sin^2((\varphi_x - \varphi_y)/2)` with
 :math:`\alpha = \cos\varphi` the share of the weights in the new norm, :math:`\gamma = \sin\varphi` that of the bias.
-All but v depends on one point each, and differences of squared norms change by a factor common to all pairs. Gradients
+All but v depends on one point each. Gradients
 go through :math:`c = 1 - 2v`, where a dense layer is :math:`c' = \alpha_x \alpha_y c + \gamma_x \gamma_y`: what a tile
 adds to those of the vectors are products of matrices and vectors.
 """
@@ -118,9 +118,11 @@ class Plan:
             _Side(*([v.to(x.dtype).unsqueeze(-1 - i) for v in field] for field in side)) for i, side in enumerate(sides)
         ]
         self.units = [unit_vectors(self.x), unit_vectors(self.y)]
-        self.squares = [v.norms[0].square() for v in self.vectors]
-        # Both sets hold points at 0, whose vanishing difference of norms is then divided by 0.
-        self.empty = all(bool((side.norms[0] == 0).any()) for side in sides)
+        # Of each biased layer, sine and cosine of half the angle phi between weights and bias.
+        self.halves = [
+            [tuple(t.to(x.dtype).unsqueeze(-1 - i) for t in pair) for pair in _half_angles(side)]
+            for i, side in enumerate(sides)
+        ]
         self.sums = [[[torch.zeros_like(v) for v in f] for f in side] for side in sides]
         self.point_sums = [torch.zeros_like(z) for z in (self.x, self.y)]
         self.one = torch.ones((), dtype=x.dtype)
@@ -129,25 +131,23 @@ class Plan:
     def tile(self, kinds: Sequence[str], rows: slice, cols: slice) -> list[Tensor]:
         """Return the kernels of the kinds asked for of a tile, in memory that the next tile overwrites."""
         tangent = None
-        v, D2 = self._start(rows, cols)
+        v = self._start(rows, cols)
         left, right = self._cut(rows, cols)
-        layer, slope = 0, 1.0
+        layer = 0
         for step in self.steps:
             if isinstance(step, ABRelu):
                 angle = self._rectify(v, step)
                 c, g = _slopes(step)
-                slope *= c
                 if tangent is not None:
                     tangent.mul_(angle.mul_(-2 * g).add_(c))
                 continue
-            self._affine(v, D2, left, right, layer, slope)
+            self._affine(v, left, right, layer, rows, cols)
             w2, _ = self.weights[layer]
             if isinstance(step, Scale):
                 tangent = None if tangent is None else tangent.mul_(w2)
             elif "ntk" in kinds:
                 new = torch.mul(v, -2, out=self._buffer(v, 1)).add_(1).mul_(left.grown[layer]).mul_(right.grown[layer])
                 tangent = new.clone() if tangent is None else tangent.mul_(w2).add_(new)
-            slope *= w2
             layer += 1
         found = {"ntk": torch.zeros_like(v) if tangent is None else tangent}
         if "nngp" in kinds:
@@ -164,8 +164,8 @@ class Plan:
             self.buffers[which] = like.new_empty(like.numel())
         return self.buffers[which][: like.numel()].view(like.shape)
 
-    def _start(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor | None]:
-        """Return v of the points, and the squared difference of their squared norms where a bias needs it."""
+    def _start(self, rows: slice, cols: slice) -> Tensor:
+        """Return v of the points."""
         # Half the distance of unit vectors: an angle to a few roundings, which is all that 1 - 2 v can show. Points at
         # 0 have any angle here: what v is multiplied by vanishes.
         u, w = self.units[0][rows], self.units[1][cols]
@@ -175,9 +175,7 @@ class Plan:
             # square root of what lacks.
             i, j = (v > _NEARLY_OPPOSITE).nonzero().unbind(-1)
             v[i, j] = (1 - (u[i] + w[j]).square().sum(-1) / 4).to(v.dtype)
-        if not any(b2 for _, b2 in self.weights):
-            return v, None
-        return v, torch.sub(self.squares[0][rows], self.squares[1][:, cols], out=self._buffer(v, 3)).square_()
+        return v
 
     def _chords(self, u: Tensor, w: Tensor, rows: slice, cols: slice) -> Tensor:
         """Return a quarter of the squared distances of unit vectors."""
@@ -196,22 +194,17 @@ class Plan:
                 return v
         return torch.cdist(u, w, compute_mode="donot_use_mm_for_euclid_dist").square_().mul_(0.25).to(dtype)
 
-    def _affine(self, v: Tensor, D2: Tensor | None, left: _Side, right: _Side, layer: int, slope: float) -> None:
+    def _affine(self, v: Tensor, left: _Side, right: _Side, layer: int, rows: slice, cols: slice) -> None:
         """Take v through a dense layer, in place."""
-        w2, b2 = self.weights[layer]
-        if b2 == 0 or D2 is None:
+        if self.weights[layer][1] == 0:
             return
-        (r1, r2), (s1, s2) = (
-            (side.norms[layer] for side in (left, right)),
-            (side.grown[layer] for side in (left, right)),
-        )
-        both = torch.mul(s1, s2, out=self._buffer(v, 1))
-        below = torch.addcmul(both, r1, r2, value=w2, out=self._buffer(v, 2)).add_(b2).mul_(both)
-        below.mul_(torch.add(r1, r2, out=self._buffer(v, 0)).square_())
-        if self.empty:
-            below.clamp_(min=torch.finfo(v.dtype).tiny)
         alpha = [side.alpha[layer] * (side.norms[0] if layer == 0 else 1.0) for side in (left, right)]
-        v.mul_(alpha[0]).mul_(alpha[1]).addcdiv_(D2, below, value=w2 * b2 * slope * slope / 2)
+        v.mul_(alpha[0]).mul_(alpha[1])
+        # The sine of half the difference of two angles errs by eps, and so does the angle behind the layer.
+        (sine1, cosine1), (sine2, cosine2) = self.halves[0][layer], self.halves[1][layer]
+        sine = torch.mul(sine1[rows], cosine2[:, cols], out=self._buffer(v, 1))
+        sine.addcmul_(cosine1[rows], sine2[:, cols], value=-1)
+        v.addcmul_(sine, sine)
 
     def _rectify(self, v: Tensor, step: ABRelu, into: Tensor | None = None) -> Tensor:
         """Take v through a rectifier, in place, and return half the angle before it."""
@@ -221,7 +214,7 @@ class Plan:
         torch.asin(torch.sqrt(v, out=root), out=angle)
         torch.sub(self.one, v, out=sine).sqrt_().mul_(root)
         # h/2 = sin(t)/2 - t/2 + t v: wrong by eps sqrt(v), nothing beside the rounding of 1 - 2 v.
-        sine.sub_(angle).add_(torch.mul(v, angle, out=root), alpha=2)
+        sine.sub_(angle).addcmul_(v, angle, value=2)
         c, g = _slopes(step)
         v.add_(sine, alpha=-g / c)
         return angle
@@ -229,17 +222,15 @@ class Plan:
     def add_gradient(self, grad: Tensor, rows: slice, cols: slice) -> None:
         """Gather what a tile of the covariance, times ``grad``, adds to the gradients."""
         left, right = self._cut(rows, cols)
-        v, D2 = self._start(rows, cols)
+        v = self._start(rows, cols)
         # Behind the input and each layer: c, and half the angles before each rectifier.
-        cosines, angles, layer, slope = [], [], 0, 1.0
+        cosines, angles, layer = [], [], 0
         for step in self.steps:
             if isinstance(step, ABRelu):
                 angles.append(self._rectify(v, step, torch.empty_like(v)))
-                slope *= _slopes(step)[0]
                 continue
             cosines.append(torch.mul(v, -2).add_(1))
-            self._affine(v, D2, left, right, layer, slope)
-            slope *= self.weights[layer][0]
+            self._affine(v, left, right, layer, rows, cols)
             layer += 1
         end = v.mul_(-2).add_(1).mul_(grad)
         self._gather(end, left.norms[-1], right.norms[-1], "norms", -1, rows, cols)
@@ -314,6 +305,15 @@ def _side(steps: Sequence[Step], q: Tensor) -> _Side:
         side.grown.append(grown)
     side.norms.append(_root(q))
     return side
+
+
+def _half_angles(side: _Side) -> list[tuple[Tensor, Tensor]]:
+    """Return sine and cosine of half of each layer's angle phi, whose cosine is alpha and whose sine is gamma."""
+    out = []
+    for layer, (alpha, gamma) in enumerate(zip(side.alpha, side.gamma, strict=True)):
+        cosine = ((1 + (alpha * side.norms[0] if layer == 0 else alpha)) / 2).sqrt()
+        out.append((gamma / (2 * cosine), cosine))
+    return out
 
 
 def _root(q: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ __all__ = ["Cos", "Erf", "Exp", "Gelu", "Rbf", "Sin"]
 _LARGEST_NORM = {torch.float32: 1e6, torch.float64: 1e50}
 
 
-class _SmoothDual(Dual):
+class SmoothDual(Dual):
     """Dual with a closed form whose derivatives of all orders are those of the plain formula.
 
     Values come from `_step`, free of cancellation and outside autograd; derivatives from `_value`, which is shorter.
@@ -49,7 +49,7 @@ class _SmoothDual(Dual):
 
 
 @dataclass(frozen=True)
-class Erf(_SmoothDual):
+class Erf(SmoothDual):
     r"""Error function: :math:`(2/\pi) \arcsin(2 q_{12} / \sqrt{(1 + 2 q_{11})(1 + 2 q_{22})})`.
 
     Raises ValueError on a call with norms above 1e50 (float64) or 1e6 (float32).
@@ -77,7 +77,7 @@ class Erf(_SmoothDual):
 
 
 @dataclass(frozen=True)
-class Gelu(_SmoothDual):
+class Gelu(SmoothDual):
     r"""Gaussian error linear unit :math:`u \Phi(u)`, the exact one.
 
     Raises ValueError on a call with norms above 1e50 (float64) or 1e6 (float32).
@@ -123,7 +123,7 @@ class Gelu(_SmoothDual):
 
 
 @dataclass(frozen=True)
-class Sin(_SmoothDual):
+class Sin(SmoothDual):
     r"""Sine f(u) = sin(u + c).
 
     The value is :math:`(e^{-s} - \cos(2c) e^{-t})/2` with :math:`s, t = (q_{11} + q_{22} \mp 2 q_{12})/2`.
@@ -188,7 +188,7 @@ class Cos(Sin):
 
 
 @dataclass(frozen=True)
-class Rbf(_SmoothDual):
+class Rbf(SmoothDual):
     r"""Random Fourier features: the value is :math:`\exp(-\gamma (q_{11} + q_{22} - 2 q_{12}))`.
 
     Parameters
@@ -223,7 +223,7 @@ class Rbf(_SmoothDual):
 
 
 @dataclass(frozen=True)
-class Exp(_SmoothDual):
+class Exp(SmoothDual):
     r"""Exponential f(u) = e^u: the value is :math:`\exp((q_{11} + q_{22})/2 + q_{12})`.
 
     Raises ValueError on a call with a variance above 354 (float64) or 44 (float32), which overflows. Relative
