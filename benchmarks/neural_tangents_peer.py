@@ -1,7 +1,8 @@
 """Times neural-tangents in a process of its own, in turn with the one that asks.
 
 Run by ``bench_gp_kernels.py --peer PYTHON`` with an interpreter that has neural-tangents 0.6.5 and a jax below 0.6.
-Reads one case a line from standard input, "kind activation jitted n d depth", and answers with the CPU seconds of one run as JSON.
+Reads one case a line from standard input, "kind activation jitted n d depth", and answers with the CPU seconds of one
+run as JSON.
 """
 
 import os
