@@ -1,8 +1,9 @@
 """Classification of MNIST digits, clean, damaged, and against characters of another alphabet (KMNIST).
 
 Run ``python benchmarks/bench_gp_digits.py [--train 6000] [--epochs N] [--seeds 2] [--only TABLE ...] [--update]``. The
-images are read from ``../shared/data``; without that folder nothing is run. A seed draws the training rows from the 8000
-there are; the 2000 test images are always the same. Log loss in nats, calibration error over ten bins of confidence.
+images are read from ``../shared/data``; without that folder nothing is run. A seed draws the training rows from the
+8000 there are; the 2000 test images are always the same. Log loss in nats, calibration error over ten bins of
+confidence.
 "AUROC, KMNIST" is how well the entropy of the probabilities tells the 2000 test digits from 2000 characters that are
 none.
 """
