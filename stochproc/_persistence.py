@@ -27,6 +27,7 @@ _BUILDERS = {
     "lbfgs": "stochproc.solvers:LBFGS",
     "cg": "stochproc.solvers:CG",
     "mode": "stochproc.tensor:Mode",
+    "kernel_pair": "stochproc.gp:KernelPair",
 }
 # Class of an object that can be written as names and numbers, by tag.
 _CLASSES = {
@@ -36,6 +37,7 @@ _CLASSES = {
     "lbfgs": "stochproc.solvers:LBFGS",
     "cg": "stochproc.solvers:CG",
     "mode": "stochproc.tensor:Mode",
+    "kernel_pair": "stochproc.gp:KernelPair",
 }
 # Kernel classes outside the kernel layer: importing the module lets that layer know them.
 _KERNEL_MODULES = {"NetworkKernel": "stochproc.gp.arch"}
@@ -120,7 +122,7 @@ def decode(value: Any) -> Any:
         raise ValueError(f"unknown kind of object {value.get('__tag__')!r} in the file; valid: {', '.join(_BUILDERS)}.")
     build = _find(_BUILDERS[value["__tag__"]])
     config = value["config"]
-    if value["__tag__"] in ("lbfgs", "cg", "mode"):
+    if value["__tag__"] in ("lbfgs", "cg", "mode", "kernel_pair"):
         return build(**{k: decode(v) for k, v in config.items()})
     _import_kernels(config)
     module = build(config)

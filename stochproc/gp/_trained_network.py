@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochproc._persistence import encode
 from stochproc.gp._arch_base import Layer
 from stochproc.gp._arch_networks import by_name
 from stochproc.kernels import KERNEL_NAMES, as_kernel
@@ -39,6 +40,10 @@ class KernelPair(torch.nn.Module):
         super().__init__()
         self.covariance = as_kernel(kernel)
         self.tangent = None if tangent is None else as_kernel(tangent)
+
+    def config(self) -> dict[str, Any]:
+        """Return both kernels as names and numbers; TypeError if one is not of this library."""
+        return {"kernel": encode("kernel", self.covariance), "tangent": encode("tangent", self.tangent)}
 
     def nngp(self, X1: Tensor, X2: "Tensor | None" = None) -> Tensor:
         """Covariance of the outputs, (n, m)."""

@@ -218,6 +218,21 @@ def test_a_network_object_is_saved_with_its_hyperparameters(tmp_path):
     np.testing.assert_array_equal(TrainedEnsemble.load(tmp_path / "m").predict(X + 0.1), model.predict(X + 0.1))
 
 
+@pytest.mark.parametrize("tangent", [None, Matern(0.8, nu=1.5)], ids=["readout", "all"])
+def test_a_pair_of_kernels_is_saved_with_its_hyperparameters(tmp_path, tangent):
+    X, y = data()
+    net, train = KernelPair(RBF(0.7), tangent), "all" if tangent else "readout"
+    net.covariance.get_parameter("log_lengthscale").requires_grad_(False)
+    model = TrainedEnsemble(net, train=train).fit(X, y)
+    model.save(tmp_path / "m")
+    loaded = TrainedEnsemble.load(tmp_path / "m")
+    np.testing.assert_array_equal(loaded.predict(X + 0.1), model.predict(X + 0.1))
+    assert isinstance(loaded.net, KernelPair)
+    assert not loaded.net.covariance.get_parameter("log_lengthscale").requires_grad
+    with pytest.raises(TypeError, match="net cannot be saved"):
+        TrainedEnsemble(KernelPair(lambda a, b: RBF()(a, b)), train="readout").fit(X, y).save(tmp_path / "m")
+
+
 def test_a_function_cannot_be_saved(tmp_path):
     X, y = data()
     model = as_given((covariance, tangent)).fit(X, y)
