@@ -44,6 +44,11 @@ class Activation(Layer):
         super().__init__()
         self.dual = dual
 
+    @property
+    def acts_by_dual(self) -> bool:
+        """Whether the dual is all there is to it, as a subclass may have kernels of its own."""
+        return type(self).kernel is Activation.kernel and type(self).diagonal is Activation.diagonal
+
     def function(self, u: Tensor) -> Tensor:
         """Evaluate the nonlinearity itself, entry by entry."""
         raise NotImplementedError(f"{type(self).__name__} must define function(u).")

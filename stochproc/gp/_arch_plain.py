@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from stochproc.gp._arch_activations import Activation
-from stochproc.gp._arch_base import DiagState, KernelState, Layer
+from stochproc.gp._arch_base import KernelState, Layer
 from stochproc.gp._arch_compose import Branches, Serial
 from stochproc.gp._arch_layers import Dense, Identity, LayerNorm, Scale
-from stochproc.kernels._pair_plain import PlainPair
+from stochproc.kernels._pair_plain import PlainPair, Rounding
 
 __all__ = ["plain_enough"]
 
-# What the network may multiply a rounding by.
-_MOST_GROWTH = 100.0
+# Roundings that the result may be wrong by.
+_MOST_ROUNDINGS = 300.0
 
 _KINDS = {Serial, Branches, Identity, Dense, Scale, LayerNorm}
 
@@ -34,22 +34,16 @@ def plain_enough(net: Layer, x: Tensor, y: Tensor, *, tangent: bool, gradient: b
     if x.ndim != 2 or y.ndim != 2 or x.device.type != "cpu" or not (len(x) and len(y)):
         return False
     activations = [layer for layer in net.modules() if isinstance(layer, Activation)]
-    others = {type(layer) for layer in net.modules() if isinstance(layer, Layer)} - {type(a) for a in activations}
-    # By type: a convolution is a dense layer too. Angles lose half their digits, and tangent kernels show angles.
-    if not others <= _KINDS or any(p.numel() != 1 for p in net.parameters()):
+    others = {type(layer) for layer in net.modules() if isinstance(layer, Layer) and not isinstance(layer, Activation)}
+    # By type: a convolution is a dense layer too.
+    if not others <= _KINDS or any(p.numel() != 1 for p in net.parameters()) or not activations:
         return False
-    if not activations or not all(PlainPair.takes(a.dual, gradient=gradient or tangent) for a in activations):
+    # Angles lose half their digits, and tangent kernels and gradients show angles.
+    if not all(a.acts_by_dual and PlainPair.takes(a.dual, gradient=gradient or tangent) for a in activations):
         return False
     with torch.no_grad():
         q = torch.cat([z.double().square().sum(-1) for z in (x, y)]) / x.shape[-1]
         if not bool((q > 0).all()):
             return False
-        points = q.unsqueeze(-1)
-        try:
-            net.kernel(KernelState(PlainPair(points, points, points), None))  # type: ignore[arg-type]
-        except OverflowError:
-            return False
-        # A layer passes on the errors of those below times the slope of its tangent kernel, and adds its own rounding:
-        # the recursion of the tangent kernel.
-        state = net.diagonal(DiagState(q, torch.zeros_like(q)))
-        return state.ntk is not None and bool((state.ntk <= _MOST_GROWTH * state.q).all())
+        end = net.kernel(KernelState(Rounding.of_variances(q.unsqueeze(-1)), None)).pair  # type: ignore[arg-type]
+        return bool((end.error <= _MOST_ROUNDINGS * end.q).all())  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from stochproc.gp._arch_activations import ABRelu
 from stochproc.gp._arch_base import Layer
 from stochproc.gp._arch_compose import Serial
 from stochproc.gp._arch_layers import Dense, Identity, Scale
-from stochproc.kernels._pair_points import NEAR, half_chords, prefers_product, unit_vectors
+from stochproc.kernels._pair_points import NEAR, half_chords, prefers_product, quarters_of_squares, unit_vectors
 
 __all__ = ["Plan", "plan"]
 
@@ -73,7 +73,7 @@ def _steps(net: Layer) -> list[Step] | None:
     if isinstance(net, (Dense, Scale)) and type(net) in (Dense, Scale):
         return [net] if all(p.numel() == 1 for p in net.parameters()) else None
     if isinstance(net, ABRelu):
-        return [net]
+        return [net] if net.acts_by_dual else None
     return [] if isinstance(net, Identity) else None
 
 
@@ -117,7 +117,8 @@ class Plan:
         self.vectors = [
             _Side(*([v.to(x.dtype).unsqueeze(-1 - i) for v in field] for field in side)) for i, side in enumerate(sides)
         ]
-        self.units = [unit_vectors(self.x), unit_vectors(self.y)]
+        units = unit_vectors(self.x)
+        self.units = [units, units if y is x else unit_vectors(self.y)]
         # Of each biased layer, sine and cosine of half the angle phi between weights and bias.
         self.halves = [
             [tuple(t.to(x.dtype).unsqueeze(-1 - i) for t in pair) for pair in _half_angles(side)]
@@ -173,8 +174,9 @@ class Plan:
         if bool(v.max() > _NEARLY_OPPOSITE):
             # From the sum of the unit vectors, so that opposite points have v = 1 exactly: the angle changes as the
             # square root of what lacks.
-            i, j = (v > _NEARLY_OPPOSITE).nonzero().unbind(-1)
-            v[i, j] = (1 - (u[i] + w[j]).square().sum(-1) / 4).to(v.dtype)
+            opposite = v > _NEARLY_OPPOSITE
+            lacking = quarters_of_squares(u, -w, opposite)
+            v[opposite] = 1 - lacking.to(v.dtype)
         return v
 
     def _chords(self, u: Tensor, w: Tensor, rows: slice, cols: slice) -> Tensor:
@@ -188,10 +190,8 @@ class Plan:
             if bool(v.min() >= NEAR[dtype]):
                 return v
             near = v < NEAR[dtype]
-            if near.sum() <= near.numel() // 4:
-                i, j = near.nonzero().unbind(-1)
-                v[i, j] = (u[i] - w[j]).square().sum(-1).mul_(0.25).to(dtype)
-                return v
+            v[near] = quarters_of_squares(u, w, near).to(dtype)
+            return v
         return torch.cdist(u, w, compute_mode="donot_use_mm_for_euclid_dist").square_().mul_(0.25).to(dtype)
 
     def _affine(self, v: Tensor, left: _Side, right: _Side, layer: int, rows: slice, cols: slice) -> None:

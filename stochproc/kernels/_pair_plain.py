@@ -1,7 +1,7 @@
 """The state of a pair as its three covariances: fewer operations than :class:`~stochproc.kernels.Pair`, fewer digits.
 
-A covariance is wrong by eps times the variances here, and what a network makes of that error is what its tangent kernel
-measures. So matrices of networks that are smooth and not chaotic lose nothing; distances of near points do.
+A covariance is wrong by eps times the variances here. What a network makes of that error is known from the points alone
+(:class:`Rounding`): matrices of networks that are smooth and not chaotic lose nothing; distances of near points do.
 """
 
 from typing import Any, NamedTuple
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from stochproc.kernels._distance import safe_sqrt
 from stochproc.kernels._dual_base import Dual
-from stochproc.kernels._dual_smooth import SmoothDual
+from stochproc.kernels._dual_smooth import Rbf, Sin, SmoothDual
 from stochproc.kernels._duals import ABRelu
+from stochproc.kernels._pair import Pair
 
-__all__ = ["PlainPair"]
+__all__ = ["PlainPair", "Rounding"]
 
-# Beyond, the formulas of erf, GELU, sine and exponential lose three digits and more.
-_LARGEST_VARIANCE = 100.0
+# Products and ratios of variances behind a nonlinearity must not underflow.
+_SMALLEST_VARIANCE = 1e-140
 
 
 class PlainPair(NamedTuple):
@@ -90,14 +91,11 @@ class PlainPair(NamedTuple):
         return PlainPair(*(k + more for k, more in zip(self, other, strict=True)))
 
     def through(self, dual: Dual) -> "PlainPair":
-        """Pairs behind a nonlinearity; OverflowError where variances above 100 would cost a smooth one digits."""
+        """Pairs behind a nonlinearity."""
         if isinstance(dual, ABRelu):
             return PlainPair(*_rectified(*self, dual))
         if not isinstance(dual, SmoothDual):
             raise TypeError(f"{type(dual).__name__} has no formula in three covariances.")
-        largest = max(k.detach().max().item() for k in (self.q1, self.q2))
-        if not largest <= _LARGEST_VARIANCE:
-            raise OverflowError(f"variances must be at most {_LARGEST_VARIANCE:g}; got {largest:.3g}.")
         return PlainPair(dual._value(self), dual._variance(self.q1), dual._variance(self.q2))  # type: ignore[arg-type]
 
     def slope(self, dual: Dual) -> Tensor:
@@ -112,6 +110,57 @@ class PlainPair(NamedTuple):
 
     def __add__(self, other: Any) -> "PlainPair":  # type: ignore[override]
         return self.plus(other) if isinstance(other, PlainPair) else NotImplemented
+
+
+class Rounding(NamedTuple):
+    """What roundings of a ``PlainPair`` amount to, for each point paired with itself: the worst of its pairs.
+
+    Parameters
+    ----------
+    q : Tensor
+        Variances.
+    error : Tensor of the same shape
+        Bound of the error of covariances, in units of eps.
+    """
+
+    q: Tensor
+    error: Tensor
+
+    @classmethod
+    def of_variances(cls, q: Tensor) -> "Rounding":
+        """Start with covariances that are rounded once."""
+        return cls(q, q)
+
+    @property
+    def r1(self) -> Tensor:
+        """Norms."""
+        return self.q.sqrt()
+
+    def affine(self, weight_variance: "Tensor | float", bias_variance: "Tensor | float") -> "Rounding":
+        """Behind a dense layer."""
+        q = self.q * weight_variance + bias_variance
+        return Rounding(q, self.error * weight_variance + q)
+
+    def plus(self, other: "Rounding") -> "Rounding":
+        """Behind a sum of branches."""
+        q = self.q + other.q
+        return Rounding(q, self.error + other.error + q)
+
+    def through(self, dual: Dual) -> "Rounding":
+        """Behind a nonlinearity, which passes errors on times its slope and adds those of its own formula."""
+        r = self.r1
+        slope = dual.derivative(Pair(r, r, torch.zeros_like(r), torch.zeros_like(r)))
+        q = dual._variance(self.q)
+        # Sine is a difference of exponentials up to 1; all have errors of the variances in exponents and roots.
+        terms = torch.ones_like(q) if isinstance(dual, Sin) else q
+        rate = max(1.0, dual.gamma) if isinstance(dual, Rbf) else 1.0
+        own = terms * (1 + 2 * rate * self.q) if isinstance(dual, SmoothDual) else terms
+        return Rounding(q, (self.error * slope + own).where(self.q >= _SMALLEST_VARIANCE, torch.inf))
+
+    def normalised(self, eps: float) -> tuple["Rounding", Tensor]:
+        """Behind a layer normalisation."""
+        scale = 1 / (self.q + eps)
+        return Rounding(self.q * scale, (self.error + self.q) * scale), scale
 
 
 def _rectified(q: Tensor, q1: Tensor, q2: Tensor, dual: ABRelu) -> tuple[Tensor, Tensor, Tensor]:

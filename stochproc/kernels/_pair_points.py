@@ -17,6 +17,8 @@ _GATHERED_ENTRIES = 2**20
 # half is compared, in the dtype of the result. Fewer columns gain too little, and have more near pairs.
 NEAR = {torch.float32: 1e-6, torch.float64: 1e-2}
 _PRODUCT_COLUMNS = 4
+# Beyond this share of near pairs, distances of all pairs are faster than gathering those.
+_GATHERED_SHARE = 20
 
 # Entries of a block of rows, so that temporaries stay in the cache: 2 to 4 times faster at a million pairs.
 _BLOCK_ENTRIES = 2**15
@@ -59,47 +61,69 @@ def half_chords(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.matmul(u, v.mT).mul_(-0.5).add_(half).to(dtype)
 
 
-def state_of_points(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return r1, r2, D, A of all pairs."""
+def quarters_of_squares(u: Tensor, v: Tensor, where: Tensor) -> Tensor:
+    """Return |u_i - v_j|^2 / 4 of the marked pairs (n, m), in their order."""
+    if where.sum() > where.numel() // _GATHERED_SHARE:
+        return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")[where].square_().mul_(0.25)
+    pairs = where.nonzero().split(max(1, _GATHERED_ENTRIES // u.shape[-1]))
+    return torch.cat([(u[i] - v[j]).square().sum(-1).mul_(0.25) for i, j in (part.unbind(-1) for part in pairs)])
+
+
+def state_of_points(x: Tensor, y: Tensor, *, same: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return r1, r2, D, A of all pairs; of one set with itself, ``same``, A is symmetric to the bit."""
     high, low = square_norms(x)
     other_high, other_low = (t.mT for t in square_norms(y))
     r1, r2 = high.sqrt(), other_high.sqrt()
     batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     D, A = x.new_empty(2, *batch, x.shape[-2], y.shape[-2]).unbind(0)
-    u, v = unit_vectors(x), unit_vectors(y)
+    units = _Units(x, y)
     for rows in row_slices(D.shape, x.device):
         gap, defect = D[..., rows, :], A[..., rows, :]
         r = r1[..., rows, :]
         torch.sub(high[..., rows, :], other_high, out=gap)
         gap += low[..., rows, :] - other_low
         gap /= (r + r2).clamp_(min=torch.finfo(x.dtype).tiny)
-        n = r * r2
-        points, units = (x[..., rows, :], y), (u[..., rows, :], v)
-        if not prefers_product(x):
-            defect.copy_(_by_distances(points, units, gap, n))
-            continue
-        chords = half_chords(*units, x.dtype)
-        near = chords < NEAR[x.dtype]
-        count = int(near.sum())
-        if count > near.numel() // 4:
-            defect.copy_(_by_distances(points, units, gap, n))
-            continue
-        defect.copy_(clamp_defect(chords.mul_(2).mul_(n), n))
-        if count:
-            _refine(defect, near, points, units, gap, n)
-    if prefers_product(x) and x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride():
-        # A product of matrices rounds an entry and its mirror image differently.
-        A.copy_(A.triu(1) + A.triu(1).mT)
+        _fill(defect, (x[..., rows, :], y), units, rows, gap, r * r2)
+        if same and prefers_product(x):
+            # A product of matrices rounds an entry and its mirror image differently.
+            square = defect[..., rows]
+            square.copy_(square.triu(1) + square.triu(1).mT)
+            defect[..., : rows.start] = A[..., : rows.start, rows].mT
     return r1, r2, D, A
 
 
-def _by_distances(points: tuple[Tensor, Tensor], units: tuple[Tensor, Tensor], gap: Tensor, n: Tensor) -> Tensor:
-    """Return the defects of all pairs from their distances, or from those of the unit vectors."""
+class _Units:
+    """Unit vectors of both sets of points, made when they are first wanted."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.points = (x, y)
+        self.made: tuple[Tensor, Tensor] | None = None
+
+    def of(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Those of some rows of x, and all of y."""
+        if self.made is None:
+            x, y = self.points
+            first = unit_vectors(x)
+            self.made = (first, first if x is y else unit_vectors(y))
+        return self.made[0][..., rows, :], self.made[1]
+
+
+def _fill(A: Tensor, points: tuple[Tensor, Tensor], units: _Units, rows: slice, gap: Tensor, n: Tensor) -> None:
+    """Write the defects of a block of rows."""
+    if prefers_product(points[0]):
+        chords = half_chords(*units.of(rows), A.dtype)
+        near = chords < NEAR[A.dtype]
+        count = int(near.sum())
+        if count <= near.numel() // _GATHERED_SHARE:
+            A.copy_(clamp_defect(chords.mul_(2).mul_(n), n))
+            if count:
+                _refine(A, near, points, units.of(rows), gap, n)
+            return
     dist = torch.cdist(*points, compute_mode="donot_use_mm_for_euclid_dist")
     defect, collinear = _from_distances(dist, gap, n)
+    A.copy_(defect)
     if bool(collinear.any()):
-        _refine(defect, collinear, None, units, gap, n)
-    return defect
+        _refine(A, collinear, None, units.of(rows), gap, n)
 
 
 def _from_distances(dist: Tensor, gap: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,10 @@ import torch
 
 from stochproc.gp import _arch_evaluate as evaluate
 from stochproc.gp import arch
+from stochproc.gp._arch_base import KernelState
 from stochproc.gp._arch_plain import plain_enough
 from stochproc.kernels import duals
-from stochproc.kernels._pair_plain import PlainPair
+from stochproc.kernels._pair_plain import PlainPair, Rounding
 
 NETS = {
     "erf": lambda: arch.mlp(4, "erf", w_std=1.4, b_std=0.2),
@@ -64,19 +65,53 @@ def test_gradients_are_those_of_defects(name):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("w_std", [1.0, 1.3, 4.0])
-def test_the_tangent_kernel_bounds_what_a_network_makes_of_roundings(w_std):
-    net = arch.mlp(12, "erf", w_std=w_std, b_std=0.1)
+@pytest.mark.parametrize("activation", ["erf", "gelu", "sin", "relu"])
+@pytest.mark.parametrize("w_std", [0.5, 1.0, 1.3, 4.0])
+def test_what_a_network_makes_of_roundings_is_bounded(w_std, activation):
+    net = arch.mlp(10, activation, w_std=w_std, b_std=0.0)
     x, y = points(20)
+    q = torch.cat([x, y]).square().sum(-1, keepdim=True) / x.shape[1]
     with torch.no_grad():
-        q, tangent = (k.max() for k in evaluate.dense_kernels(net, x, x, ("nngp", "ntk")))
-        growth = (tangent / q).item()
-        state = evaluate._tile(net, ("nngp",), x, y, plain=True)[0]
-        error = (state - by_defects(net, x, y, ("nngp",))[0]).abs().max().item() / q.item()
-    assert error <= 4 * growth * 2.0**-52
-    assert plain_enough(net, x, y, tangent=False, gradient=False) is (growth <= 100)
-    # The chaotic one needs its defects.
-    assert (growth > 100) is (w_std == 4.0)
+        bound = net.kernel(KernelState(Rounding.of_variances(q), None)).pair
+        error = (evaluate._tile(net, ("nngp",), x, y, plain=True)[0] - by_defects(net, x, y, ("nngp",))[0]).abs().max()
+    assert error <= bound.error.max() * 2.0**-52
+    assert plain_enough(net, x, y, tangent=False, gradient=False) is bool((bound.error <= 300 * bound.q).all())
+
+
+def test_vanishing_sines_and_chaotic_networks_keep_their_defects():
+    x, y = points()
+    # Sine is then a difference of two exponentials that are nearly 1.
+    small = arch.mlp(10, "sin", w_std=0.5, b_std=0.0)
+    # Doubling by layers that have no weights, hence no part in the tangent kernel.
+    growing = arch.serial(*[layer for _ in range(12) for layer in (arch.Scale(3.0), arch.Erf())], arch.Dense(1.0))
+    for net in (small, growing):
+        assert not plain_enough(net, x, y, tangent=False, gradient=False)
+        with torch.no_grad():
+            assert torch.equal(net.nngp(x, y), by_defects(net, x, y, ("nngp",))[0])
+
+
+def test_variances_that_underflow_between_layers_leave_no_nan():
+    x = torch.tensor([[1e-70, 2e-70], [3e-70, -1e-70]], dtype=torch.float64)
+    net = arch.serial(arch.residual(arch.Scale(1e-100), arch.Relu(), arch.Dense(1.0)))
+    with torch.no_grad():
+        torch.testing.assert_close(net.nngp(x), x @ x.mT / 2, rtol=1e-14, atol=0)
+
+
+def test_a_nonlinearity_with_kernels_of_its_own_keeps_them():
+    class Doubled(arch.Erf):
+        def kernel(self, state):
+            pair = state.pair.through(self.dual)
+            return state._replace(pair=pair.affine(2.0, 0.0), ntk=None) if pair.A.numel() else state
+
+    class Halved(arch.Relu):
+        def kernel(self, state):
+            return state._replace(pair=state.pair.through(self.dual).affine(0.5, 0.0))
+
+    x, y = points()
+    with torch.no_grad():
+        for made, plain, factor in ((Doubled(), arch.Erf(), 2.0), (Halved(), arch.Relu(), 0.5)):
+            found, without = (arch.serial(arch.Dense(1.2), a, arch.Dense(1.0)).nngp(x, y) for a in (made, plain))
+            torch.testing.assert_close(found, factor * without, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -109,5 +144,3 @@ def test_a_nonlinearity_without_a_formula_in_covariances_is_refused():
     one = torch.ones(1, 1)
     with pytest.raises(TypeError, match="Sign has no formula in three covariances"):
         PlainPair(one, one, one).through(duals.Sign())
-    with pytest.raises(OverflowError, match="variances must be at most 100; got 400"):
-        PlainPair(400 * one, 400 * one, 400 * one).through(duals.Erf())

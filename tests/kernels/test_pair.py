@@ -273,3 +273,19 @@ def test_rejects_negative_variances(bad):
         pair.affine(bad, 0.0)
     with pytest.raises(ValueError, match="bias_variance must be non-negative"):
         pair.affine(1.0, bad)
+
+
+def test_transforms_of_torch_func_go_through(gen):
+    x, y = torch.randn(6, 5, generator=gen), torch.randn(4, 5, generator=gen)
+
+    def loss(x):
+        return Pair.from_points(x, y).sqdist.sin().sum()
+
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
+def test_views_of_one_memory_are_not_taken_for_one_set(gen):
+    z = torch.complex(torch.randn(4, 5, generator=gen), torch.randn(4, 5, generator=gen))
+    x, y = z.imag, z.conj().imag
+    torch.testing.assert_close(Pair.from_points(x, y).q, x @ y.mT)
