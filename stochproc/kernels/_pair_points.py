@@ -76,7 +76,7 @@ def state_of_points(x: Tensor, y: Tensor, *, same: bool = False) -> tuple[Tensor
     r1, r2 = high.sqrt(), other_high.sqrt()
     batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     D, A = x.new_empty(2, *batch, x.shape[-2], y.shape[-2]).unbind(0)
-    units = _Units(x, y)
+    units = _Units(x, x if same else y)
     for rows in row_slices(D.shape, x.device):
         gap, defect = D[..., rows, :], A[..., rows, :]
         r = r1[..., rows, :]
