@@ -15,8 +15,7 @@ from stochproc.gp import _arch_rectified as rectified
 from stochproc.gp._arch_base import DiagState, KernelState, Layer, Shape
 from stochproc.gp._arch_blocks import by_blocks
 from stochproc.gp._arch_plain import plain_enough
-from stochproc.kernels import Pair
-from stochproc.kernels._pair_plain import PlainPair
+from stochproc.kernels import Pair, PlainPair
 
 __all__ = ["dense_kernels", "diagonals", "same_points"]
 

@@ -9,7 +9,7 @@ from stochproc.gp._arch_activations import Activation
 from stochproc.gp._arch_base import KernelState, Layer
 from stochproc.gp._arch_compose import Branches, Serial
 from stochproc.gp._arch_layers import Dense, Identity, LayerNorm, Scale
-from stochproc.kernels._pair_plain import PlainPair, Rounding
+from stochproc.kernels import PlainPair, Rounding
 
 __all__ = ["plain_enough"]
 

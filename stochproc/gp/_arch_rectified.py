@@ -22,14 +22,12 @@ from stochproc.gp._arch_activations import ABRelu
 from stochproc.gp._arch_base import Layer
 from stochproc.gp._arch_compose import Serial
 from stochproc.gp._arch_layers import Dense, Identity, Scale
-from stochproc.kernels._pair_points import NEAR, half_chords, prefers_product, quarters_of_squares, unit_vectors
+from stochproc.kernels import HalfAngles
 
 __all__ = ["Plan", "plan"]
 
 # A product of six norms is formed.
 _NORMS = {torch.float32: (1e-5, 1e5), torch.float64: (1e-48, 1e48)}
-
-_NEARLY_OPPOSITE = 0.999
 
 Step = Dense | Scale | ABRelu
 
@@ -117,8 +115,8 @@ class Plan:
         self.vectors = [
             _Side(*([v.to(x.dtype).unsqueeze(-1 - i) for v in field] for field in side)) for i, side in enumerate(sides)
         ]
-        units = unit_vectors(self.x)
-        self.units = [units, units if y is x else unit_vectors(self.y)]
+        # An angle to a few roundings is all that 1 - 2 v can show. What v of points at 0 is multiplied by vanishes.
+        self.angles = HalfAngles(self.x, self.x if y is x else self.y)
         # Of each biased layer, sine and cosine of half the angle phi between weights and bias.
         self.halves = [
             [tuple(t.to(x.dtype).unsqueeze(-1 - i) for t in pair) for pair in _half_angles(side)]
@@ -132,7 +130,7 @@ class Plan:
     def tile(self, kinds: Sequence[str], rows: slice, cols: slice) -> list[Tensor]:
         """Return the kernels of the kinds asked for of a tile, in memory that the next tile overwrites."""
         tangent = None
-        v = self._start(rows, cols)
+        v = self.angles.tile(rows, cols)
         left, right = self._cut(rows, cols)
         layer = 0
         for step in self.steps:
@@ -165,35 +163,6 @@ class Plan:
             self.buffers[which] = like.new_empty(like.numel())
         return self.buffers[which][: like.numel()].view(like.shape)
 
-    def _start(self, rows: slice, cols: slice) -> Tensor:
-        """Return v of the points."""
-        # Half the distance of unit vectors: an angle to a few roundings, which is all that 1 - 2 v can show. Points at
-        # 0 have any angle here: what v is multiplied by vanishes.
-        u, w = self.units[0][rows], self.units[1][cols]
-        v = self._chords(u, w, rows, cols)
-        if bool(v.max() > _NEARLY_OPPOSITE):
-            # From the sum of the unit vectors, so that opposite points have v = 1 exactly: the angle changes as the
-            # square root of what lacks.
-            opposite = v > _NEARLY_OPPOSITE
-            lacking = quarters_of_squares(u, -w, opposite)
-            v[opposite] = 1 - lacking.to(v.dtype)
-        return v
-
-    def _chords(self, u: Tensor, w: Tensor, rows: slice, cols: slice) -> Tensor:
-        """Return a quarter of the squared distances of unit vectors."""
-        dtype = self.x.dtype
-        if prefers_product(self.x):
-            v = half_chords(u, w, dtype)
-            if self.second is self.first and rows.start == cols.start:
-                # Overwritten by the diagonal later: not worth a second look.
-                v.diagonal().fill_(0.5)
-            if bool(v.min() >= NEAR[dtype]):
-                return v
-            near = v < NEAR[dtype]
-            v[near] = quarters_of_squares(u, w, near).to(dtype)
-            return v
-        return torch.cdist(u, w, compute_mode="donot_use_mm_for_euclid_dist").square_().mul_(0.25).to(dtype)
-
     def _affine(self, v: Tensor, left: _Side, right: _Side, layer: int, rows: slice, cols: slice) -> None:
         """Take v through a dense layer, in place."""
         if self.weights[layer][1] == 0:
@@ -222,7 +191,7 @@ class Plan:
     def add_gradient(self, grad: Tensor, rows: slice, cols: slice) -> None:
         """Gather what a tile of the covariance, times ``grad``, adds to the gradients."""
         left, right = self._cut(rows, cols)
-        v = self._start(rows, cols)
+        v = self.angles.tile(rows, cols)
         # Behind the input and each layer: c, and half the angles before each rectifier.
         cosines, angles, layer = [], [], 0
         for step in self.steps:

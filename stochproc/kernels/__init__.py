@@ -8,10 +8,12 @@ from stochproc.kernels._convert import KERNEL_NAMES, as_gpytorch, as_kernel, ker
 from stochproc.kernels._cost_matrix import cost_matrix
 from stochproc.kernels._dispatch import select_backend
 from stochproc.kernels._dot import Dot, Linear, Polynomial
+from stochproc.kernels._half_angles import HalfAngles
 from stochproc.kernels._keops import keops_status
 from stochproc.kernels._keops_pair import KeopsPair, KeopsValue
 from stochproc.kernels._operator import KernelOperator
 from stochproc.kernels._pair import Pair
+from stochproc.kernels._pair_plain import PlainPair, Rounding
 from stochproc.kernels._reduce import argmin, kmin, matvec
 from stochproc.kernels._soft import expsum, logsumexp
 from stochproc.kernels._softmax_pass import SoftmaxPass, softmax_pass
@@ -25,6 +27,7 @@ __all__ = [
     "ActiveDims",
     "ArcCosine",
     "Dot",
+    "HalfAngles",
     "KeopsPair",
     "KeopsValue",
     "Kernel",
@@ -33,11 +36,13 @@ __all__ = [
     "Matern",
     "Pair",
     "Periodic",
+    "PlainPair",
     "Polynomial",
     "Prepared",
     "Product",
     "Radial",
     "RationalQuadratic",
+    "Rounding",
     "Scale",
     "SoftmaxPass",
     "StateSpace",

@@ -37,7 +37,16 @@ class PlainPair(NamedTuple):
     Notes
     -----
     First derivatives are those of the plain formulas. Behind a rectifier there are none: its angle would be wrong by
-    the square root of eps for near points.
+    the square root of eps for near points. :class:`Rounding` tells beforehand what digits are lost.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stochproc.kernels import PlainPair, duals
+    >>> x = torch.eye(2)
+    >>> PlainPair.from_points(x, x).affine(2.0, 0.5).through(duals.Rbf(0.5)).q
+    tensor([[1.0000, 0.1353],
+            [0.1353, 1.0000]])
     """
 
     q: Tensor
@@ -121,6 +130,14 @@ class Rounding(NamedTuple):
         Variances.
     error : Tensor of the same shape
         Bound of the error of covariances, in units of eps.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stochproc.kernels import Rounding, duals
+    >>> behind = Rounding.of_variances(torch.ones(1)).affine(2.0, 0.5).through(duals.Erf())
+    >>> behind.error / behind.q
+    tensor([8.7546])
     """
 
     q: Tensor

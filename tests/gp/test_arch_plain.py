@@ -7,8 +7,7 @@ from stochproc.gp import _arch_evaluate as evaluate
 from stochproc.gp import arch
 from stochproc.gp._arch_base import KernelState
 from stochproc.gp._arch_plain import plain_enough
-from stochproc.kernels import duals
-from stochproc.kernels._pair_plain import PlainPair, Rounding
+from stochproc.kernels import PlainPair, Rounding, duals
 
 NETS = {
     "erf": lambda: arch.mlp(4, "erf", w_std=1.4, b_std=0.2),
