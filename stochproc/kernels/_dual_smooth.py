@@ -10,7 +10,7 @@ from torch import Tensor
 from stochproc._checks import check_positive
 from stochproc.kernels._dual_base import Dual
 from stochproc.kernels._dual_steps import by_rows, erf_step, exponential_step, gelu_step, sine_step
-from stochproc.kernels._pair import Pair, with_gradient_of
+from stochproc.kernels._pair import AnyPair, Pair, with_gradient_of
 from stochproc.kernels._pair_points import clamp_defect
 
 __all__ = ["Cos", "Erf", "Exp", "Gelu", "Rbf", "Sin"]
@@ -30,8 +30,12 @@ class SmoothDual(Dual):
         """D and A after the nonlinearity, r1 and r2 being the norms after it."""
 
     @abstractmethod
-    def _value(self, pair: Pair) -> Tensor:
+    def _value(self, pair: AnyPair) -> Tensor:
         """E f(u) f(v) by a formula that autograd can differentiate everywhere."""
+
+    @abstractmethod
+    def derivative(self, pair: AnyPair) -> Tensor:
+        """See :meth:`Dual.derivative`; takes a ``PlainPair`` too."""
 
     def __call__(self, pair: Pair) -> Pair:
         self._check(pair)
@@ -55,24 +59,24 @@ class Erf(SmoothDual):
     Raises ValueError on a call with norms above 1e50 (float64) or 1e6 (float32).
     """
 
-    def _check(self, pair: Pair) -> None:
+    def _check(self, pair: AnyPair) -> None:
         _check_norms(self, pair)
 
     def _variance(self, q: Tensor) -> Tensor:
         return 4 / math.pi * (4 * q / ((1 + 4 * q).sqrt() + 1) ** 2).atan()
 
-    def _value(self, pair: Pair) -> Tensor:
+    def _value(self, pair: AnyPair) -> Tensor:
         return 2 / math.pi * torch.atan2(2 * pair.q, self._root(pair))
 
     def _step(self, pair: Pair, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
         return erf_step(pair, r1, r2)
 
-    def derivative(self, pair: Pair) -> Tensor:
+    def derivative(self, pair: AnyPair) -> Tensor:
         """See :meth:`Dual.derivative`."""
         self._check(pair)
         return 4 / math.pi / self._root(pair)
 
-    def _root(self, pair: Pair) -> Tensor:
+    def _root(self, pair: AnyPair) -> Tensor:
         return (1 + 2 * (pair.r1 * pair.r1 + pair.r2 * pair.r2) + 4 * pair.det).sqrt()
 
 
@@ -88,7 +92,7 @@ class Gelu(SmoothDual):
        AAAI 2021.
     """
 
-    def _check(self, pair: Pair) -> None:
+    def _check(self, pair: AnyPair) -> None:
         _check_norms(self, pair)
 
     def _variance(self, q: Tensor) -> Tensor:
@@ -96,12 +100,12 @@ class Gelu(SmoothDual):
         arc = 2 * (2 * q / (c + 1) ** 2).atan()
         return q * (1 / 4 + (2 * q / ((1 + q) * c) + arc) / (2 * math.pi))
 
-    def _parts(self, pair: Pair) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(self, pair: AnyPair) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q1, q2 = pair.r1 * pair.r1, pair.r2 * pair.r2
         square = 1 + (q1 + q2) + pair.det
         return q1, q2, square, square.sqrt()
 
-    def _value(self, pair: Pair) -> Tensor:
+    def _value(self, pair: AnyPair) -> Tensor:
         q = pair.q
         q1, q2, _, root = self._parts(pair)
         # (q^2 + q11 q22 root^2) / (p root) as ratios, whose gradients do not overflow.
@@ -112,7 +116,7 @@ class Gelu(SmoothDual):
     def _step(self, pair: Pair, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
         return gelu_step(pair, r1, r2)
 
-    def derivative(self, pair: Pair) -> Tensor:
+    def derivative(self, pair: AnyPair) -> Tensor:
         """See :meth:`Dual.derivative`."""
         self._check(pair)
         q = pair.q
@@ -156,18 +160,18 @@ class Sin(SmoothDual):
     def _variance(self, q: Tensor) -> Tensor:
         return math.sin(self.c) ** 2 - self._kappa / 2 * torch.expm1(-2 * q)
 
-    def _halves(self, pair: Pair) -> tuple[Tensor, Tensor]:
+    def _halves(self, pair: AnyPair) -> tuple[Tensor, Tensor]:
         s = pair.sqdist / 2
         return s, pair.r1 * pair.r1 + pair.r2 * pair.r2 - s
 
-    def _value(self, pair: Pair) -> Tensor:
+    def _value(self, pair: AnyPair) -> Tensor:
         s, t = self._halves(pair)
         return ((-s).exp() - self._kappa * (-t).exp()) / 2
 
     def _step(self, pair: Pair, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
         return sine_step(pair, r1, r2, self._kappa, self._one_plus_kappa)
 
-    def derivative(self, pair: Pair) -> Tensor:
+    def derivative(self, pair: AnyPair) -> Tensor:
         """See :meth:`Dual.derivative`."""
         s, t = self._halves(pair)
         # e^-s + kappa e^-t with the larger exponential taken out, so that nearly equal ones do not cancel.
@@ -210,14 +214,14 @@ class Rbf(SmoothDual):
     def _variance(self, q: Tensor) -> Tensor:
         return torch.ones_like(q)
 
-    def _value(self, pair: Pair) -> Tensor:
+    def _value(self, pair: AnyPair) -> Tensor:
         return torch.exp(-self.gamma * pair.sqdist)
 
     def _step(self, pair: Pair, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
         A = -torch.expm1(-self.gamma * pair.sqdist)
         return torch.zeros_like(A), A
 
-    def derivative(self, pair: Pair) -> Tensor:
+    def derivative(self, pair: AnyPair) -> Tensor:
         """See :meth:`Dual.derivative`."""
         return 2 * self.gamma * self._value(pair)
 
@@ -230,7 +234,7 @@ class Exp(SmoothDual):
     errors grow by twice the variance in every layer, and the variance itself doubly exponentially in depth.
     """
 
-    def _check(self, pair: Pair) -> None:
+    def _check(self, pair: AnyPair) -> None:
         limit = math.log(torch.finfo(pair.r1.dtype).max) / 2 - 0.5
         _check_largest(pair, "Exp overflows: variances", 2, limit)
 
@@ -240,23 +244,23 @@ class Exp(SmoothDual):
     def _norm(self, r: Tensor) -> Tensor:
         return torch.exp(r.double().square()).to(r.dtype)
 
-    def _value(self, pair: Pair) -> Tensor:
+    def _value(self, pair: AnyPair) -> Tensor:
         return torch.exp((pair.r1 * pair.r1 + pair.r2 * pair.r2) / 2 + pair.q)
 
     def _step(self, pair: Pair, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
         return exponential_step(pair, r1, r2)
 
-    def derivative(self, pair: Pair) -> Tensor:
+    def derivative(self, pair: AnyPair) -> Tensor:
         """See :meth:`Dual.derivative`."""
         self._check(pair)
         return self._value(pair)
 
 
-def _check_norms(dual: Dual, pair: Pair) -> None:
+def _check_norms(dual: Dual, pair: AnyPair) -> None:
     _check_largest(pair, f"{type(dual).__name__}: norms", 1, _LARGEST_NORM[pair.r1.dtype])
 
 
-def _check_largest(pair: Pair, what: str, power: int, limit: float) -> None:
+def _check_largest(pair: AnyPair, what: str, power: int, limit: float) -> None:
     for r in (pair.r1, pair.r2):
         largest = r.detach().max().item() ** power if r.numel() else 0.0
         if largest > limit:

@@ -4,7 +4,7 @@ Instead of the three covariances a pair carries its two norms, their difference 
 product lacks to the product of the norms. Angles and distances are sums of non-negative terms of these.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,12 @@ from stochproc.kernels._pair_points import clamp_defect, state_of_points
 
 if TYPE_CHECKING:
     from stochproc.kernels._dual_base import Dual
+    from stochproc.kernels._pair_plain import PlainPair
+
+    #: What formulas in covariances take.
+    AnyPair: TypeAlias = "Pair | PlainPair"
+else:
+    AnyPair = Any
 
 __all__ = ["Pair"]
 

@@ -105,11 +105,13 @@ class PlainPair(NamedTuple):
             return PlainPair(*_rectified(*self, dual))
         if not isinstance(dual, SmoothDual):
             raise TypeError(f"{type(dual).__name__} has no formula in three covariances.")
-        return PlainPair(dual._value(self), dual._variance(self.q1), dual._variance(self.q2))  # type: ignore[arg-type]
+        return PlainPair(dual._value(self), dual._variance(self.q1), dual._variance(self.q2))
 
     def slope(self, dual: Dual) -> Tensor:
         """Factor of the tangent kernel at a smooth nonlinearity."""
-        return dual.derivative(self)  # type: ignore[arg-type]
+        if not isinstance(dual, SmoothDual):
+            raise TypeError(f"{type(dual).__name__} has no tangent factor in three covariances.")
+        return dual.derivative(self)
 
     def normalised(self, eps: float) -> tuple["PlainPair", Tensor]:
         """Pairs behind a layer normalisation, and what the tangent kernel is multiplied by."""
