@@ -4,9 +4,9 @@ Such a chain acts on the angle of a pair alone. With :math:`v = \sin^2(\theta/2)
 the norms, a rectifier is :math:`v' = v - g h(\theta) / (2c)` with c and g of the slopes, and a dense
 layer :math:`v' = \alpha_x \alpha_y v + \sin^2((\varphi_x - \varphi_y)/2)` with
 :math:`\alpha = \cos\varphi` the share of the weights in the new norm, :math:`\gamma = \sin\varphi` that of the bias.
-All but v depends on one point each. Gradients
-go through :math:`c = 1 - 2v`, where a dense layer is :math:`c' = \alpha_x \alpha_y c + \gamma_x \gamma_y`: what a tile
-adds to those of the vectors are products of matrices and vectors.
+All but v depends on one point each. Gradients go through :math:`c = 1 - 2v`, where a dense layer is
+:math:`c' = \alpha_x \alpha_y c + \gamma_x \gamma_y`: what a tile adds to those of the vectors are products of matrices
+and vectors.
 """
 
 from __future__ import annotations

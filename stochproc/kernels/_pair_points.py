@@ -147,7 +147,7 @@ def _refine(
     With points, by what follows from their distances instead, where that is better.
     """
     u, v = units
-    if points is None and where.sum() > where.numel() // 4:
+    if points is None and where.sum() > where.numel() // _GATHERED_SHARE:
         exact = torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist").square_().mul_(n / 2)
         A.copy_(torch.where(where, exact, A))
         return
